@@ -1,0 +1,188 @@
+"""What each call of the ledger does to its sequences: everything is checked first, then done."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+
+from kvcfg.cache.pages import Allocation, Commit, Forecast, PageCopy, PageRun, SeqId
+from kvcfg.cache.prefix import PageHasher
+from kvcfg.cache.sequence import SequenceState
+from kvcfg.cache.track import PagePlan
+from kvcfg.cache.tracks import Changes, PageTracks
+
+_NOTHING = Commit()
+
+
+class LedgerSteps:
+    """The rules of one replica; the caller keeps others out while a method runs.
+
+    Args:
+        tracks: all pools.
+        hasher: names pages; None = no prefix cache.
+        num_draft_tokens: tokens of a commit that may be taken back.
+        bytes_for_pages: memory that a number of pages would take, for errors.
+        clock: seconds.
+
+    Attributes:
+        sequences: the claimed sequences by name.
+    """
+
+    def __init__(
+        self,
+        tracks: PageTracks,
+        hasher: PageHasher | None,
+        num_draft_tokens: int,
+        bytes_for_pages: Callable[[int], int] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.tracks, self.counters, self.page_size = tracks, tracks.counters, tracks.page_size
+        self.sequences: dict[SeqId, SequenceState] = {}
+        self._hasher, self._drafts, self._bytes_for_pages, self._clock = (
+            hasher,
+            num_draft_tokens,
+            bytes_for_pages,
+            clock,
+        )
+        self._no_hits: list[list[int]] = [[] for _ in tracks.all]
+
+    def alloc(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> Allocation:
+        """Find a prefix, then make room."""
+        target = state.length + num_new_tokens
+        hit_end, plans = self._plan(state, num_new_tokens, lookahead)
+        new_pages = self._change([(state, plans)])
+        cached = max(0, hit_end * self.page_size - state.length)
+        if cached:
+            state.closed, state.length, state.final = hit_end, state.length + cached, state.length + cached
+            self.counters.cache_tokens += cached
+        self._count_input(state, target)
+        return Allocation(cached, state.length, new_pages)
+
+    def alloc_batch(
+        self, states: list[SequenceState], num_new_tokens: int, ids: array[int] | None, lookahead: int
+    ) -> tuple[PageRun, ...]:
+        """Make room for several sequences, or for none; then add an id to each."""
+        reach = num_new_tokens + lookahead
+        changes = []
+        for state in states:
+            if state.length + reach > state.capacity:
+                target = state.length + num_new_tokens
+                changes.append((state, self._plan_to(state, target, lookahead, state.closed, self._no_hits)))
+        runs = self._change(changes) if changes else ()
+        if ids is not None:
+            for state, token in zip(states, ids, strict=True):
+                if state.ids is not None:
+                    state.ids.append(token)
+        for state in states:
+            target = state.length + num_new_tokens
+            if target > state.counted:
+                self.counters.input_tokens += target - state.counted
+                state.counted = target
+        return runs
+
+    def commit(self, states: list[SequenceState], num_tokens: int, num_drafts: int | None) -> Commit:
+        """Count tokens as stored for several sequences, or for none; close what is final."""
+        drafts = self._drafts if num_drafts is None else num_drafts
+        size, windowed, commits = self.page_size, self.tracks.windowed, list[Commit]()
+        for state in states:
+            length = state.length + num_tokens
+            if length > state.capacity or windowed or (state.ids is not None and length > len(state.ids)):
+                self._check_commit(state, length, drafts)
+        for state in states:
+            state.length = length = state.length + num_tokens
+            if length - drafts > state.final:
+                state.final = length - drafts
+                if windowed or state.final >= (state.closed + 1) * size:
+                    commits.append(self._close(state))
+        return _joined(commits)
+
+    def truncate(self, state: SequenceState, length: int) -> None:
+        """Take back tokens that nobody else relies on."""
+        cannot = f"cannot cut sequence {state.seq_id!r} of {state.length} tokens to {length}"
+        if not 0 <= length <= state.length:
+            raise ValueError(f"{cannot}: must be between 0 and {state.length}")
+        if length < state.closed * self.page_size and not self.tracks.can_reopen(state, length):
+            raise ValueError(f"{cannot}: the page there is cached or shared, so it cannot be opened again")
+        if not self.tracks.sees(state, length, length):
+            raise ValueError(f"{cannot}: a window has moved on past it")
+        self.tracks.cut(state, length)
+        state.cut(length)
+
+    def fork(self, state: SequenceState, child: SeqId) -> tuple[PageCopy, ...]:
+        """Begin a copy of a sequence."""
+        plans = self.tracks.plan_fork(state)
+        self._afford([(state, plans)])
+        copies = self.tracks.fork(state, plans, self._clock())
+        self.sequences[child] = state.copy(child, [plan.held for plan in plans])
+        return copies
+
+    def release(self, state: SequenceState, head_first: bool) -> None:
+        """End a sequence."""
+        del self.sequences[state.seq_id]
+        for track, held in zip(self.tracks.all, state.pages, strict=True):
+            track.drop(held.pages if head_first or self._hasher is None else reversed(held.pages))
+
+    def forecast(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> Forecast:
+        """What alloc would do."""
+        hit_end, plans = self._plan(state, num_new_tokens, lookahead)
+        pages = [
+            plan.fresh + track.pool.count_free(plan.hits) for track, plan in zip(self.tracks.all, plans, strict=True)
+        ]
+        fits = self.tracks.shortage([(state, plans)], "", 0) is None
+        return Forecast(max(0, hit_end * self.page_size - state.length), sum(pages), fits)
+
+    def _plan(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> tuple[int, list[PagePlan]]:
+        if num_new_tokens < 0 or lookahead < 0:
+            raise ValueError(f"cannot make room for {num_new_tokens} tokens and {lookahead} slots")
+        target = state.length + num_new_tokens
+        hit_end, hits = state.closed, self._no_hits
+        if self._hasher is not None and num_new_tokens > 1:
+            limit = (target if state.root is None else target - 1) // self.page_size
+            hit_end, hits = self.tracks.find(state, state.named(limit, self._hasher), limit)
+        return hit_end, self._plan_to(state, target, lookahead, hit_end, hits)
+
+    def _plan_to(
+        self, state: SequenceState, target: int, lookahead: int, hit_end: int, hits: list[list[int]]
+    ) -> list[PagePlan]:
+        next_query = max(target - self._drafts, state.length)
+        return self.tracks.plan(state, hit_end, hits, target + lookahead, next_query)
+
+    def _change(self, changes: Changes) -> tuple[PageRun, ...]:
+        self._afford(changes)
+        return self.tracks.apply(changes, self._clock())
+
+    def _afford(self, changes: Changes) -> None:
+        asking = f"sequence {changes[0][0].seq_id!r}" if len(changes) == 1 else f"a batch of {len(changes)} sequences"
+        shortage = self.tracks.shortage(changes, asking, len(self.sequences))
+        if shortage is not None:
+            self.counters.refusals += 1
+            raise shortage.error(self._bytes_for_pages)
+
+    def _count_input(self, state: SequenceState, target: int) -> None:
+        seen = max(state.counted, state.length)
+        self.counters.input_tokens += max(0, target - seen)
+        state.counted = max(seen, target)
+
+    def _check_commit(self, state: SequenceState, length: int, drafts: int) -> None:
+        cannot = f"cannot commit sequence {state.seq_id!r} up to {length} tokens"
+        if length > state.capacity:
+            raise ValueError(f"{cannot}: it has slots for {state.capacity}; alloc them first")
+        if state.ids is not None and length > len(state.ids):
+            raise ValueError(f"{cannot}: ids of {len(state.ids)} are known; extend it first")
+        if not self.tracks.sees(state, max(state.final, length - drafts), length):
+            raise ValueError(f"{cannot}: a windowed group stored only what is seen after all that was allocated")
+
+    def _close(self, state: SequenceState) -> Commit:
+        end = state.final // self.page_size
+        names = () if self._hasher is None else state.named(end, self._hasher)
+        return self.tracks.close(state, end, names, self._clock())
+
+
+def _joined(commits: list[Commit]) -> Commit:
+    if len(commits) < 2:
+        return commits[0] if commits else _NOTHING
+    return Commit(
+        tuple([run for commit in commits for run in commit.closed]),
+        tuple([run for commit in commits for run in commit.moved]),
+        tuple([run for commit in commits for run in commit.dropped]),
+    )

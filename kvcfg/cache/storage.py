@@ -1,0 +1,190 @@
+"""The bytes of one layer group: pages of keys, values and scales in one arena per tensor parallel shard.
+
+    arena               uint8 [num_layers, num_pages + 1, bytes_per_layer_page]; the last page is the null page
+    one layer's page    key elements | value elements | key scales | value scales, each token after token
+    slot                page * page_size + offset: where one token lives
+
+Everything is written and read as bytes, so any width of head and any format packs without padding, and a
+page can move to another place as its slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcfg.errors import ShapeError
+from kvcfg.formats.codec import Encoded, TokenCodec
+from kvcfg.params import KVCacheParams
+
+
+class KeysValues(NamedTuple):
+    """Keys `[num_tokens, n_kv_heads, head_dim]` and values `[num_tokens, n_kv_heads, value_dim]`."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class EncodedTokens(NamedTuple):
+    """Keys and values of some tokens as they are stored, for one shard."""
+
+    keys: Encoded
+    values: Encoded
+
+    def last_of_each(self, num_sequences: int, num_tokens: int) -> EncodedTokens:
+        """The last `num_tokens` of each of `num_sequences` equally long runs of tokens."""
+        length = len(self.keys.elements) // num_sequences
+
+        def last(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (num_sequences, length))[:, length - num_tokens :].flatten(0, 1)
+
+        return EncodedTokens(*(Encoded(*map(last, side)) for side in self))
+
+
+class PagedStorage:
+    """The pages of one layer group on the shards of one replica.
+
+    Args:
+        params: what a page holds.
+        num_pages: pages that can be handed out; one more is allocated, the null page.
+        devices: one device per tensor parallel shard.
+    """
+
+    def __init__(self, params: KVCacheParams, num_pages: int, devices: Sequence[torch.device]) -> None:
+        if len(devices) != params.tensor_parallel_degree:
+            raise ShapeError(f"{params.tensor_parallel_degree} shards need as many devices, got {len(devices)}")
+        self.params, self.num_pages = params, num_pages
+        self.shards = [_Shard(params, num_pages, device) for device in devices]
+        self._heads = [_heads_of(params, rank) for rank in range(len(devices))]
+        self._readers = [self._heads.index(heads) for heads in dict.fromkeys(self._heads)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the arenas of all shards, null pages included."""
+        return sum(shard.arena.nbytes for shard in self.shards)
+
+    def encode(self, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
+        """Tokens as every shard stores them; the inputs are left unchanged.
+
+        Args:
+            keys: `[num_tokens, n_kv_heads, head_dim]`, any float dtype, before any split over shards.
+            values: `[num_tokens, n_kv_heads, value_dim]`.
+
+        Raises:
+            ShapeError: if heads or widths differ from the parameters.
+        """
+        params = self.params
+        n_heads = max(heads.stop for heads in self._heads)
+        _expect(keys, "keys", n_heads, params.head_dim)
+        _expect(values, "values", n_heads, params.value_dim)
+        return [
+            shard.encode(keys[:, heads.start : heads.stop], values[:, heads.start : heads.stop])
+            for shard, heads in zip(self.shards, self._heads, strict=True)
+        ]
+
+    def store(self, layer: int, encoded: Sequence[EncodedTokens], slots: Tensor) -> None:
+        """Put encoded tokens at their slots.
+
+        Args:
+            layer: index within the group, in `[0, num_layers)`.
+            encoded: what `encode` returned.
+            slots: `[num_tokens]` int64, each in `[0, num_pages * page_size)`, no repeats.
+        """
+        for shard, tokens in zip(self.shards, encoded, strict=True):
+            shard.store(layer, tokens, slots)
+
+    def decode(self, encoded: Sequence[EncodedTokens], dtype: torch.dtype) -> KeysValues:
+        """Encoded tokens as a reader sees them, all heads, in `dtype`, on the first shard's device."""
+        parts = [self.shards[rank].decode(encoded[rank], dtype) for rank in self._readers]
+        if len(parts) == 1:
+            return parts[0]
+        home = parts[0].keys.device
+        return KeysValues(
+            torch.cat([part.keys.to(home) for part in parts], dim=1),
+            torch.cat([part.values.to(home) for part in parts], dim=1),
+        )
+
+    def read(self, layer: int, pages: Tensor, dtype: torch.dtype) -> KeysValues:
+        """All tokens of some pages, in order.
+
+        Args:
+            layer: index within the group, in `[0, num_layers)`.
+            pages: `[n]` int64 page ids, repeats allowed.
+            dtype: what the numbers are returned in.
+
+        Returns:
+            Keys and values of `n * page_size` tokens; slots never written hold anything.
+        """
+        return self.decode([shard.load(layer, pages) for shard in self.shards], dtype)
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole pages, all layers, byte for byte. Both are `[n]` int64 page ids."""
+        for shard in self.shards:
+            shard.arena[:, targets.to(shard.device)] = shard.arena[:, sources.to(shard.device)]
+
+
+class _Shard:
+    """One device's part of every page: some of the heads."""
+
+    def __init__(self, params: KVCacheParams, num_pages: int, device: torch.device) -> None:
+        recipe, page_size, n_heads = params.storage, params.page_size, params.n_kv_heads_per_device
+        self.device, self.page_size = device, page_size
+        self.key_codec = TokenCodec(recipe.key_format, recipe, n_heads, params.head_dim)
+        self.value_codec = TokenCodec(recipe.value_format, recipe, n_heads, params.value_dim)
+        rows = (
+            self.key_codec.element_row_bytes,
+            self.value_codec.element_row_bytes,
+            self.key_codec.scale_row_bytes,
+            self.value_codec.scale_row_bytes,
+        )
+        shape = (params.num_layers, num_pages + 1, params.bytes_per_layer_page)
+        self.arena = torch.zeros(shape, dtype=torch.uint8, device=device)
+        starts = [page_size * sum(rows[:index]) for index in range(len(rows))]
+        self._regions = [
+            self.arena[:, :, start : start + page_size * row].unflatten(-1, (page_size, row)) if row else None
+            for start, row in zip(starts, rows, strict=True)
+        ]
+
+    def encode(self, keys: Tensor, values: Tensor) -> EncodedTokens:
+        return EncodedTokens(
+            self.key_codec.encode(keys.to(self.device)), self.value_codec.encode(values.to(self.device))
+        )
+
+    def store(self, layer: int, tokens: EncodedTokens, slots: Tensor) -> None:
+        slots = slots.to(self.device)
+        pages, offsets = slots // self.page_size, slots % self.page_size
+        for region, rows in zip(self._regions, _in_page_order(tokens), strict=True):
+            if region is not None:
+                region[layer].index_put_((pages, offsets), rows)
+
+    def load(self, layer: int, pages: Tensor) -> EncodedTokens:
+        pages = pages.to(self.device)
+        key_elements, value_elements, key_scales, value_scales = (
+            pages.new_empty((len(pages) * self.page_size, 0), dtype=torch.uint8)
+            if region is None
+            else region[layer].index_select(0, pages).flatten(0, 1)
+            for region in self._regions
+        )
+        return EncodedTokens(Encoded(key_elements, key_scales), Encoded(value_elements, value_scales))
+
+    def decode(self, tokens: EncodedTokens, dtype: torch.dtype) -> KeysValues:
+        return KeysValues(self.key_codec.decode(tokens.keys, dtype), self.value_codec.decode(tokens.values, dtype))
+
+
+def _in_page_order(tokens: EncodedTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tokens.keys.elements, tokens.values.elements, tokens.keys.scales, tokens.values.scales
+
+
+def _heads_of(params: KVCacheParams, rank: int) -> range:
+    """The heads that a shard stores: a share of them, or a copy of one where there are more shards than heads."""
+    n_heads = 1 if params.is_mla else params.n_kv_heads
+    first = rank * n_heads // params.tensor_parallel_degree
+    return range(first, first + params.n_kv_heads_per_device)
+
+
+def _expect(tensor: Tensor, name: str, n_heads: int, dim: int) -> None:
+    if tensor.ndim != 3 or tensor.shape[1:] != (n_heads, dim):
+        raise ShapeError(f"{name} must be [num_tokens, {n_heads}, {dim}], got {list(tensor.shape)}")

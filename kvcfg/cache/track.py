@@ -1,0 +1,259 @@
+"""One pool of pages, the groups that share it, and what part of a sequence it has to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvcfg.cache.index import PageIds, PrefixIndex
+from kvcfg.cache.metrics import LedgerCounters
+from kvcfg.cache.pages import PageGroup
+from kvcfg.cache.pool import PagePool
+from kvcfg.cache.sequence import SequencePages, SequenceState
+from kvcfg.units import ceil_div
+
+
+@dataclass(frozen=True, slots=True)
+class PagePlan:
+    """How the pages of one sequence in one pool are about to change.
+
+    Attributes:
+        held: the pages to change.
+        first: index of the first page afterwards.
+        kept: own pages that stay; `held.pages` itself if all do.
+        hits: cached pages that follow them.
+        unstored: pages after those that get no storage: no query after the coming commit will see them.
+        fresh: new pages after those.
+        dropped: own pages that are given up.
+    """
+
+    held: SequencePages
+    first: int
+    kept: list[int]
+    hits: list[int]
+    unstored: int
+    fresh: int
+    dropped: list[int]
+
+
+class Closed(NamedTuple):
+    """Pages that were closed: from index `first` on these, of which (index, page) in `moved` took another's place."""
+
+    first: int
+    pages: list[int]
+    moved: list[tuple[int, int]]
+
+
+class PageTrack:
+    """A pool, its index, and the layer groups whose pages have the same ids.
+
+    Args:
+        groups: indices of the groups.
+        group: one of them; what it says of windows holds for all.
+        num_pages: pages of the pool. The next id is the null page, which stands for pages without storage.
+        page_size: tokens in a page.
+        eviction: the pool's eviction policy.
+        verify: whether token ids are compared before a cached page is trusted.
+
+    Attributes:
+        evictable: cached pages without a reference.
+    """
+
+    def __init__(
+        self, groups: tuple[int, ...], group: PageGroup, num_pages: int, page_size: int, eviction: str, verify: bool
+    ) -> None:
+        self.groups, self.group, self.page_size, self.null_page = groups, group, page_size, num_pages
+        self.index = PrefixIndex(num_pages, verify=verify)
+        self.pool = PagePool(num_pages, self.index.keys, eviction)
+        self.windowed = group.window is not None
+        self.evictable = 0
+
+    def first_visible(self, position: int) -> int:
+        """Index of the first page that a query at `position` can see."""
+        window = self.group.window
+        if window is None:
+            return 0
+        token = position // window * window if self.group.kind == "chunked" else max(0, position - window + 1)
+        return token // self.page_size
+
+    def longest_hit(
+        self, names: Sequence[Hashable], held: SequencePages, start: int, limit: int, ids: PageIds | None
+    ) -> int:
+        """After how many pages, at most, a sequence can go on with what its window sees being cached or its own.
+
+        Args:
+            names: names of the sequence's pages from its start.
+            held: the pages it has.
+            start: closed pages; they are its own already.
+            limit: the most pages that may be found.
+            ids: token ids to compare with, if known.
+
+        Returns:
+            A number of pages in `[start, limit]`; `start` if nothing is found.
+        """
+        end, page = limit, limit - 1
+        while end > start:
+            seen = self.first_visible(end * self.page_size)
+            if page < max(seen, start):
+                own = held.pages[max(seen - held.first, 0) : max(start - held.first, 0)]
+                whole = seen >= start or (seen >= held.first and self.null_page not in own)
+                return end if whole else start
+            if not self.index.run(names[page : page + 1], page, ids):
+                end = page
+            page -= 1
+        return start
+
+    def plan(
+        self,
+        sequence: SequenceState,
+        held: SequencePages,
+        hit_end: int,
+        hits: list[int],
+        slots: int,
+        next_query: int,
+        trim: bool,
+    ) -> PagePlan:
+        """How to cover a sequence up to `slots` tokens.
+
+        Args:
+            sequence: the sequence.
+            held: the pages it has.
+            hit_end: index of the page after the last hit; the number of closed pages if there is none.
+            hits: cached pages that end there. They follow closed pages, or begin where the window does.
+            slots: tokens to have slots for.
+            next_query: position of the earliest query after the coming commit.
+            trim: whether pages that only queries before that one see are given up at once.
+        """
+        first, kept, end = held.first, held.pages, held.end
+        dropped: list[int] = []
+        if hit_end > sequence.closed:
+            begin = hit_end - len(hits)
+            seen = self.first_visible(hit_end * self.page_size)
+            kept = held.pages[max(seen - first, 0) : max(sequence.closed - first, 0)]
+            stay = range(max(seen, first), sequence.closed)
+            dropped = [page for place, page in enumerate(held.pages, first) if place not in stay]
+            first, end = (stay.start if kept else begin), hit_end
+        keep = self.first_visible(next_query)
+        if trim and keep > first and not hits:
+            dropped, kept = dropped + kept[: keep - first], kept[keep - first :]
+            first, end = keep, max(end, keep)
+        if not kept and not hits:
+            first = end = max(end, keep)
+        unstored = max(0, keep - end)
+        fresh = max(0, ceil_div(slots, self.page_size) - end - unstored)
+        return PagePlan(held, first, kept, hits, unstored, fresh, dropped)
+
+    def give_up(self, plan: PagePlan) -> None:
+        """First half of a plan that fits: take hold of hits, let go of dropped pages."""
+        if plan.hits:
+            self.hold(plan.hits)
+            self.pool.hit(plan.hits)
+        if plan.dropped:
+            self.drop(reversed(plan.dropped))
+
+    def fill(self, plan: PagePlan, counters: LedgerCounters, now: float) -> tuple[int, list[int]]:
+        """Second half: take new pages; the index of the first changed page, and the pages from there on."""
+        added = plan.hits + [self.null_page] * plan.unstored + self.take(plan.fresh, counters, now)
+        held = plan.held
+        held.first = plan.first
+        if plan.kept is not held.pages:
+            held.pages = plan.kept
+        changed = held.end
+        held.pages += added
+        return changed, added
+
+    def take(self, count: int, counters: LedgerCounters, now: float) -> list[int]:
+        """New pages with one reference; what they held is forgotten. As many must be free."""
+        pages = self.pool.take(count)
+        births = self.index.forget(pages)
+        if births:
+            self.evictable -= len(births)
+            counters.evicted(births, now)
+        return pages
+
+    def hold(self, pages: Iterable[int]) -> None:
+        """Add a reference to pages that are cached or in use."""
+        self.evictable -= self.pool.hold(self.stored(pages))
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """Take away a reference; those without one wait, the first of them first, to be handed out."""
+        freed = self.pool.drop(self.stored(pages))
+        self.evictable += len(freed) - list(map(self.index.keys.__getitem__, freed)).count(None)
+
+    def close(
+        self, sequence: SequenceState, held: SequencePages, end: int, names: Sequence[Hashable], now: float
+    ) -> Closed:
+        """Give the sequence's pages from its closed ones up to index `end` their names, as far as those are known.
+
+        Where a page of that name is cached already, the sequence goes on with that one and drops its own.
+        """
+        first = max(sequence.closed, held.first)
+        start, stop = first - held.first, end - held.first
+        pages = held.pages[start:stop]
+        known = len(names) - first
+        if known <= 0:
+            return Closed(first, pages, [])
+        ids = sequence.page_ids()
+        if self.null_page in pages:
+            owners = [
+                page if page == self.null_page else self.index.name([page], [names[place]], now, place, ids)[0]
+                for place, page in enumerate(pages[:known], first)
+            ]
+        else:
+            owners = self.index.name(pages[:known], names[first:end], now, first, ids)
+        if owners == pages[:known]:
+            self.pool.cached(list(self.stored(owners)), sequence.priority)
+            return Closed(first, pages, [])
+        return self._adopt(sequence, held, first, pages, owners)
+
+    def _adopt(
+        self, sequence: SequenceState, held: SequencePages, first: int, pages: list[int], owners: list[int]
+    ) -> Closed:
+        moved = []
+        for place, (page, owner) in enumerate(zip(pages, owners, strict=False), first):
+            if owner == page:
+                self.pool.cached(list(self.stored([page])), sequence.priority)
+            else:
+                self.hold([owner])
+                self.drop([page])
+                held.pages[place - held.first] = owner
+                moved.append((place, owner))
+        return Closed(first, owners + pages[len(owners) :], moved)
+
+    def drop_unseen(self, held: SequencePages, position: int) -> tuple[int, list[int]]:
+        """Give up pages that no query from `position` on can see; the index of the first one, and the pages."""
+        first, count = held.first, min(self.first_visible(position) - held.first, len(held.pages))
+        if count <= 0:
+            return first, []
+        dropped = held.pages[:count]
+        del held.pages[:count]
+        held.first += count
+        self.drop(dropped)
+        return first, dropped
+
+    def stored(self, pages: Iterable[int]) -> Iterable[int]:
+        """The pages without null pages, which only a windowed pool uses."""
+        return [page for page in pages if page != self.null_page] if self.windowed else pages
+
+    def forget_unused(self) -> int:
+        """Take the names away from pages that nothing refers to; how many had one."""
+        unused = [page for page in self.index.pages() if not self.pool.references(page)]
+        self.index.forget(unused)
+        self.pool.requeue()
+        self.evictable = 0
+        return len(unused)
+
+    def check_integrity(self, references: Iterable[int]) -> None:
+        """Compare pool and index with all references to this pool's pages, one page id for each.
+
+        Raises:
+            AssertionError: if they disagree.
+        """
+        counted = [0] * self.null_page
+        for page in self.stored(references):
+            counted[page] += 1
+        self.pool.check_integrity(counted)
+        self.index.check_integrity()
+        evictable = sum(not counted[page] for page in self.index.pages())
+        assert self.evictable == evictable, f"{self.evictable} pages counted evictable, {evictable} are"

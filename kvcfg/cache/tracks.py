@@ -1,0 +1,238 @@
+"""All pools of a replica as one: a change fits in every pool, or none of them changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+
+from kvcfg.cache.metrics import LedgerCounters
+from kvcfg.cache.pages import GROWING, WINDOWED, Commit, PageCopy, PageGroup, PageRun
+from kvcfg.cache.refusal import Shortage
+from kvcfg.cache.sequence import SequencePages, SequenceState
+from kvcfg.cache.track import PagePlan, PageTrack
+from kvcfg.units import ceil_div
+
+Changes = list[tuple[SequenceState, list[PagePlan]]]
+"""For some sequences, how their pages in each pool are about to change."""
+
+
+class PageTracks:
+    """The pools of one replica and the sequences' pages in them.
+
+    Args:
+        groups: the layer groups.
+        num_pages: pages of the pool that growing groups share.
+        page_size: tokens in a page.
+        eviction: eviction policy of every pool.
+        verify: whether token ids are compared before a cached page is trusted.
+        reads_first: whether pages that only the current step sees are given up before it is stored.
+        counters: where evictions are counted.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[PageGroup],
+        num_pages: int,
+        page_size: int,
+        eviction: str,
+        verify: bool,
+        reads_first: bool,
+        counters: LedgerCounters,
+    ) -> None:
+        self.groups, self.page_size, self.reads_first, self.counters = tuple(groups), page_size, reads_first, counters
+        growing = tuple(place for place, group in enumerate(groups) if group.kind in GROWING)
+        shares = [(growing, num_pages)] if growing else []
+        shares += [((place,), group.num_pages or 0) for place, group in enumerate(groups) if group.kind in WINDOWED]
+        self.all = [
+            PageTrack(places, groups[places[0]], pages, page_size, eviction, verify) for places, pages in shares
+        ]
+        self.windowed = any(track.windowed for track in self.all)
+        self.of_group = {place: number for number, track in enumerate(self.all) for place in track.groups}
+
+    def find(self, state: SequenceState, names: Sequence[Hashable], limit: int) -> tuple[int, list[list[int]]]:
+        """The longest prefix after which a sequence can go on in every pool.
+
+        Args:
+            state: the sequence.
+            names: names of its pages from its start.
+            limit: the most pages that may be found.
+
+        Returns:
+            Index of the page after the last hit (the closed pages if there is none), and per pool the cached
+            pages up to there.
+        """
+        start, ids = state.closed, state.page_ids()
+        end, run = min(limit, len(names)), list[int]()
+        for track in self.all:
+            if not track.windowed and end > start:
+                run = track.index.run(names[start:end], start, ids)
+                end = start + len(run)
+        end = self._agreed(state, names, start, end)
+        if end <= start or end * self.page_size <= state.length:
+            return start, [[] for _ in self.all]
+        return end, [
+            track.index.run(names[max(start, track.first_visible(end * self.page_size)) : end])
+            if track.windowed
+            else run[: end - start]
+            for track in self.all
+        ]
+
+    def _agreed(self, state: SequenceState, names: Sequence[Hashable], start: int, end: int) -> int:
+        """The longest prefix up to `end` for which every window finds what it sees."""
+        windows = [pair for pair in zip(self.all, state.pages, strict=True) if pair[0].windowed]
+        ids, longest = state.page_ids(), -1
+        while windows and end > start and end != longest:
+            longest = end
+            for track, held in windows:
+                end = track.longest_hit(names, held, start, end, ids)
+        return end
+
+    def plan(
+        self, state: SequenceState, hit_end: int, hits: list[list[int]], slots: int, next_query: int
+    ) -> list[PagePlan]:
+        """How to cover a sequence up to `slots` tokens in every pool; see `PageTrack.plan`."""
+        return [
+            track.plan(state, held, hit_end, found, slots, next_query, self.reads_first)
+            for track, held, found in zip(self.all, state.pages, hits, strict=True)
+        ]
+
+    def shortage(self, changes: Changes, who: str, sequences: int) -> Shortage | None:
+        """The first pool in which these changes do not fit together, if there is one.
+
+        Args:
+            changes: the sequences and their plans.
+            who: the sequences, in words.
+            sequences: sequences claimed in all.
+        """
+        for number, track in enumerate(self.all):
+            pool = track.pool
+            plans = [plans[number] for _, plans in changes]
+            needed = sum([plan.fresh for plan in plans])
+            revived = sum([pool.count_free(plan.hits) for plan in plans if plan.hits])
+            if needed + revived <= pool.num_free:
+                continue
+            given_up = Counter([page for plan in plans for page in track.stored(plan.dropped)])
+            free = pool.num_free - revived + sum([pool.references(page) == drops for page, drops in given_up.items()])
+            if needed > free:
+                return Shortage(
+                    who=who,
+                    groups=tuple(self.groups[place].name for place in track.groups),
+                    windowed=track.windowed,
+                    page_size=self.page_size,
+                    num_pages=pool.num_pages,
+                    free=free,
+                    evictable=track.evictable - revived,
+                    needed=needed,
+                    in_all=sum([len(plan.kept) + len(plan.hits) + plan.fresh for plan in plans]),
+                    sequences=sequences,
+                    asking=len(changes),
+                )
+        return None
+
+    def apply(self, changes: Changes, now: float) -> tuple[PageRun, ...]:
+        """Carry out changes that fit; the runs of the page tables that are new."""
+        for _, plans in changes:
+            for track, plan in zip(self.all, plans, strict=True):
+                track.give_up(plan)
+        runs = list[PageRun]()
+        for state, plans in changes:
+            for track, plan in zip(self.all, plans, strict=True):
+                first, pages = track.fill(plan, self.counters, now)
+                if pages:
+                    runs += _runs(state, track, first, pages)
+            state.measure()
+        return tuple(runs)
+
+    def close(self, state: SequenceState, end: int, names: Sequence[Hashable], now: float) -> Commit:
+        """Close the pages of a sequence up to index `end`, and let go of those that fell out of sight."""
+        closed, moved, dropped = list[PageRun](), list[PageRun](), list[PageRun]()
+        for track, held in zip(self.all, state.pages, strict=True):
+            first, pages, swapped = track.close(state, held, end, names, now)
+            if pages:
+                closed += _runs(state, track, first, pages)
+            for place, page in swapped:
+                moved += _runs(state, track, place, [page])
+        state.closed = max(state.closed, end)
+        for track, held in zip(self.all, state.pages, strict=True):
+            if track.windowed:
+                first, pages = track.drop_unseen(held, state.final)
+                if pages:
+                    dropped += _runs(state, track, first, pages)
+        return Commit(tuple(closed), tuple(moved), tuple(dropped))
+
+    def sees(self, state: SequenceState, position: int, length: int) -> bool:
+        """Whether all that a query at `position` sees of the first `length` tokens is stored."""
+        end = ceil_div(length, self.page_size)
+        for track, held in zip(self.all, state.pages, strict=True):
+            if track.windowed:
+                seen = track.first_visible(position)
+                if seen < held.first or track.null_page in held.pages[seen - held.first : max(end - held.first, 0)]:
+                    return False
+        return True
+
+    def can_reopen(self, state: SequenceState, length: int) -> bool:
+        """Whether the pages that hold token `length` are the sequence's alone, so that it may write them again."""
+        page, inside = divmod(length, self.page_size)
+        if not inside:
+            return True
+        for track, held in zip(self.all, state.pages, strict=True):
+            for opened in track.stored(held.pages[max(page - held.first, 0) :][:1] if page >= held.first else []):
+                if track.index.keys[opened] is not None or track.pool.references(opened) > 1:
+                    return False
+        return True
+
+    def cut(self, state: SequenceState, length: int) -> None:
+        """Give up the pages after those that hold the first `length` tokens, the last one first."""
+        end = ceil_div(length, self.page_size)
+        for track, held in zip(self.all, state.pages, strict=True):
+            surplus = held.pages[max(end - held.first, 0) :]
+            if surplus:
+                del held.pages[-len(surplus) :]
+                track.drop(reversed(surplus))
+
+    def plan_fork(self, state: SequenceState) -> list[PagePlan]:
+        """New pages for the open ones of a sequence; its closed ones are kept, to be shared."""
+        end = ceil_div(state.length, self.page_size)
+        plans = []
+        for held in state.pages:
+            shared = held.pages[: max(state.closed - held.first, 0)]
+            opened = max(0, end - held.first - len(shared))
+            plans.append(PagePlan(SequencePages(held.first, shared), held.first, shared, [], 0, opened, []))
+        return plans
+
+    def fork(self, state: SequenceState, plans: list[PagePlan], now: float) -> tuple[PageCopy, ...]:
+        """Carry out the plans of a fork; the pages to copy."""
+        copies = list[PageCopy]()
+        for track, held, plan in zip(self.all, state.pages, plans, strict=True):
+            track.hold(plan.kept)
+            first, targets = track.fill(plan, self.counters, now)
+            sources = held.pages[first - held.first :]
+            copies += [
+                PageCopy(group, source, target)
+                for group in track.groups
+                for source, target in zip(sources, targets, strict=False)
+            ]
+        return tuple(copies)
+
+    def check_integrity(self, states: Iterable[SequenceState], pins: Iterable[list[list[int]]]) -> None:
+        """Recount all pools from sequences and pins.
+
+        Raises:
+            AssertionError: if something disagrees, or a page that a sequence may write has another holder or a name.
+        """
+        states, pins = list(states), list(pins)
+        for state in states:
+            state.check_integrity()
+        for number, track in enumerate(self.all):
+            held = [page for state in states for page in state.pages[number].pages]
+            track.check_integrity(held + [page for pin in pins for page in pin[number]])
+            for state in states:
+                item = state.pages[number]
+                for page in track.stored(item.pages[max(state.closed - item.first, 0) :]):
+                    assert track.pool.references(page) == 1, f"open page {page} of {state.seq_id!r} has another holder"
+                    assert track.index.keys[page] is None, f"open page {page} of {state.seq_id!r} can be found"
+
+
+def _runs(state: SequenceState, track: PageTrack, first: int, pages: Iterable[int]) -> list[PageRun]:
+    held = tuple(pages)
+    return [PageRun(state.seq_id, group, first, held) for group in track.groups]

@@ -1,0 +1,42 @@
+"""The `quantization` group: the recipe by which pages of `cache.kv_cache_format` are stored."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from kvcfg.config.base import Config
+from kvcfg.formats import Granularity, ScaleDType, ScaleSource
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+FormatName = Annotated[str, BeforeValidator(_lower)]
+
+
+class QuantizationConfig(Config):
+    """How numbers become stored elements. All null means the defaults of the format."""
+
+    granularity: Granularity | None = None
+    """Which numbers share a scale: none, tensor, head, token_head or block. null = token_head for formats
+    that need scales (int8, fp8), none for the others."""
+
+    quantization_granularity: int | None = Field(None, gt=0)
+    """Numbers along head_dim that share one scale; needs granularity=block and must divide head_dim."""
+
+    scale_dtype: ScaleDType | None = None
+    """What one stored scale is: float32, bfloat16, float16 or float8_e8m0fnu (powers of two).
+    null = float32."""
+
+    scale_source: ScaleSource | None = None
+    """Where scales come from: dynamic (from the numbers, as they are written) or unit (always 1, no bytes).
+    null = dynamic per token_head and block, unit per tensor and head."""
+
+    key_format: FormatName | None = None
+    """Element format of keys. null = cache.kv_cache_format."""
+
+    value_format: FormatName | None = None
+    """Element format of values. null = cache.kv_cache_format."""

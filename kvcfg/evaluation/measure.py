@@ -1,0 +1,136 @@
+"""One experiment, measured: what its cache costs, what it loses and how fast it decodes, as one row."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from kvcfg.cache.paged import PagedKVCache
+from kvcfg.composition import overrides_of
+from kvcfg.config.experiment import ExperimentConfig
+from kvcfg.errors import ConfigError, Problem
+from kvcfg.evaluation.fingerprint import fingerprint
+from kvcfg.evaluation.progress import progress_bar
+from kvcfg.evaluation.quality import compare, noise_floor
+from kvcfg.evaluation.speed import decode_step_seconds, tokens_per_second
+from kvcfg.evaluation.text import text_sha, text_windows
+from kvcfg.integrations.loading import load, load_tokenizer
+from kvcfg.integrations.transformers import TransformersCache, build
+from kvcfg.params import MultiKVCacheParams
+from kvcfg.results.row import ResultRow
+from kvcfg.units import ceil_div
+from kvcfg.version import __version__
+
+_LIBRARIES = ("torch", "transformers", "hydra-core", "omegaconf", "pydantic")
+
+
+def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequence[str] | None = None) -> ResultRow:
+    """Run a model over a text with the experiment's cache and with a full-precision one, and compare.
+
+    Args:
+        experiment: what to measure; `workload` names the text and its windows.
+        model: a causal language model of transformers, for example one that is being trained; None loads the
+            experiment's own.
+        overrides: what the experiment was composed from, for the row; None derives it.
+
+    Raises:
+        ConfigError: if the text or the model's context is too short for the windows.
+        ShapeError: if the model's layers are not those of the config.
+        BackendUnavailable, CapacityError: as `load` and `build`.
+    """
+    if model is None:
+        model = load(experiment).model
+    workload = experiment.workload
+    windows = text_windows(workload, load_tokenizer(experiment))
+    sized = _sized_to_windows(experiment)
+    pages = build(sized, model)
+
+    def candidate(batch_size: int) -> TransformersCache:
+        pages.release()
+        return TransformersCache(pages)
+
+    was_training = model.training
+    model.eval()
+    title = f"{_format_name(experiment)} on {experiment.model.name}, pages of {pages.params.page_size}"
+    with progress_bar(title, workload.num_windows + 2) as step_done:
+        agreement = compare(model, windows, candidate, step_done)
+        held = _bytes_held(pages)
+        floor = noise_floor(model, windows[0])
+        step_done()
+        last_token = int(windows[-1, -1])
+        seconds = decode_step_seconds(model, TransformersCache(pages), last_token, workload.decode_tokens)
+        step_done()
+    model.train(was_training)
+    params = pages.params
+    numbers = sum(_numbers_per_token(params)) * workload.window_tokens
+    return ResultRow(
+        fingerprint=fingerprint(experiment),
+        model=experiment.model.name,
+        device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        format=_format_name(experiment),
+        recipe=str(params.params[0].storage),
+        page_size=params.page_size,
+        bytes_per_token_planned=params.bytes_per_token,
+        bytes_per_token_allocated=pages.bytes_per_token,
+        bits_per_element=_bits_per_element(params),
+        bits_effective=8 * held / numbers,
+        num_predictions=len(agreement.kl),
+        ppl=agreement.nll.mean().exp().item(),
+        ppl_reference=agreement.nll_reference.mean().exp().item(),
+        kl=agreement.kl.mean().item(),
+        kl_ci=agreement.kl_interval(),
+        kl_p99=agreement.kl.quantile(0.99).item(),
+        noise_floor=floor,
+        top1=agreement.same_top1.double().mean().item(),
+        decode_tokens_per_s=tokens_per_second(seconds),
+        text_sha=text_sha(workload),
+        overrides=tuple(overrides_of(experiment) if overrides is None else overrides),
+        config=experiment.model_dump(mode="json"),
+        versions={"python": platform.python_version(), "kvcfg": __version__, **{lib: version(lib) for lib in _LIBRARIES}},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
+    """The same experiment with a cache for one window and what is decoded after it."""
+    workload = experiment.workload
+    tokens = workload.window_tokens + workload.decode_tokens
+    if tokens > experiment.model.max_seq_len:
+        rule = f"with decode_tokens={workload.decode_tokens} must fit in the model's context of {experiment.model.max_seq_len}"
+        fitting = experiment.model.max_seq_len - workload.decode_tokens
+        raise ConfigError(
+            Problem("workload.window_tokens", rule, workload.window_tokens, f"workload.window_tokens={fitting}")
+        )
+    one_window = workload.model_copy(update={"max_batch_size": 1, "max_seq_len": tokens})
+    return experiment.model_copy(update={"workload": one_window})
+
+
+def _format_name(experiment: ExperimentConfig) -> str:
+    recipe = experiment.to_params().params[0].storage
+    return "/".join(dict.fromkeys((recipe.key_format.name, recipe.value_format.name)))
+
+
+def _numbers_per_token(params: MultiKVCacheParams) -> list[int]:
+    """Numbers that each group stores of a token, over all layers, copies on other shards not counted."""
+    return [
+        group.num_layers * (1 if group.is_mla else group.n_kv_heads) * (group.head_dim + group.value_dim)
+        for group in params.params
+    ]
+
+
+def _bits_per_element(params: MultiKVCacheParams) -> float:
+    bits = [8 * group.storage.page_bytes(1, 1, group.head_dim, group.value_dim) for group in params.params]
+    widths = [group.head_dim + group.value_dim for group in params.params]
+    numbers = _numbers_per_token(params)
+    return sum(n * b / w for n, b, w in zip(numbers, bits, widths, strict=True)) / sum(numbers)
+
+
+def _bytes_held(pages: PagedKVCache) -> int:
+    """Bytes of the pages that one sequence holds now."""
+    used = [len(pages.ledger.page_table(0, group).pages) for group in range(len(pages.storages))]
+    return sum(count * group.bytes_per_block for count, group in zip(used, pages.params.params, strict=True))

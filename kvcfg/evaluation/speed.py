@@ -1,0 +1,44 @@
+"""How long a decode step takes with a cache, by the clock of this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def decode_step_seconds(model: Any, cache: Any, first_token: int, num_tokens: int, batch_size: int = 1) -> list[float]:
+    """Generate greedily on top of what a cache holds, and time each step.
+
+    Args:
+        model: a causal language model of transformers.
+        cache: a cache of transformers that holds a prompt; it grows by `num_tokens`.
+        first_token: token id to begin with.
+        num_tokens: steps to time.
+        batch_size: sequences in the cache.
+
+    Returns:
+        Seconds of each step.
+    """
+    token = torch.full((batch_size, 1), first_token, device=model.device)
+    seconds = []
+    for _ in range(num_tokens):
+        _wait_for(model.device)
+        begin = time.perf_counter()
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        _wait_for(model.device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def tokens_per_second(step_seconds: list[float], batch_size: int = 1) -> float:
+    """Tokens generated per second, by the median step."""
+    return batch_size / statistics.median(step_seconds)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,24 @@
+"""float32, float16 and bfloat16: numbers are cast, and what lies beyond the range saturates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Cast:
+    """Stores numbers in a float dtype as they are."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def to_elements(self, numbers: Tensor) -> Tensor:
+        """Cast `[..., dim]` to the stored dtype; finite numbers beyond its range and infinities become its largest."""
+        if numbers.dtype == self._dtype:
+            return numbers
+        largest = torch.finfo(self._dtype).max
+        return numbers.to(torch.float32).clamp(-largest, largest).to(self._dtype)
+
+    def from_elements(self, elements: Tensor) -> Tensor:
+        """The stored numbers, unchanged."""
+        return elements

@@ -1,0 +1,1 @@
+"""kvcfg inside other libraries: model weights, and the cache that transformers' `generate()` accepts."""
