@@ -5,7 +5,7 @@ is the eviction policy:
 
     lru        longest free first, whether cached or not: one queue
     lfu        pages without content first, then the fewest hits
-    fifo       pages without content first, then the longest cached
+    fifo       pages without content first, then the longest cached, pages of one commit alike
     priority   pages without content first, then the lowest priority of the sequence that wrote it
     (ties: longest free first)
 
@@ -161,12 +161,11 @@ class LeastFrequentlyUsed(_Weighted):
 
 
 class FirstCached(_Weighted):
-    """The longest cached goes first, however often it was hit."""
+    """The longest cached goes first, however often it was hit; pages of one commit are of one age."""
 
     def cached(self, pages: Sequence[int], priority: int) -> None:
-        for page in pages:
-            self._age += 1
-            self._weights[page] = self._age
+        self._age += 1
+        self._weights.update(dict.fromkeys(pages, self._age))
 
 
 class LowestPriority(_Weighted):

@@ -14,7 +14,8 @@ from torch import Tensor
 from kvcfg.cache.ledger import PageGroup, PageLedger, PageRun
 from kvcfg.cache.storage import KeysValues, PagedStorage
 from kvcfg.errors import CapacityError, ShapeError
-from kvcfg.params import KVCacheParams, MultiKVCacheParams
+from kvcfg.params import MultiKVCacheParams
+from kvcfg.units import ceil_div
 
 
 class PagedKVCache:
@@ -68,6 +69,9 @@ class PagedKVCache:
         ]
         self._lengths = [torch.zeros(max_batch_size, dtype=torch.int32, device=device) for device in devices]
         self.batch_size = 0
+        # Formats that store every token at once may take any of them back; a window cannot return to what it left.
+        self._rollback = max_seq_len if all(group.grows for group in params.params) else params.num_draft_tokens
+        self._past_tables = self._tables
         self._stored = [0] * len(self.layers)
         self._reserved = 0
 
@@ -113,17 +117,18 @@ class PagedKVCache:
         start = self._stored[layer]
         self._begin(batch_size)
         self._reserve(start + num_tokens)
-        past = self._read(layer, self.visible_from(layer), start, keys.dtype)
+        past = self._read_past(layer, self.visible_from(layer), start, keys.dtype)
         encoded = storage.encode(_by_token(keys), _by_token(values))
         # A windowed group has pages only for the new tokens that a later query can still see.
-        first = max(start, self.ledger.page_table(0, group).first * self.params.page_size)
+        page_size = self.params.page_size
+        first = max(start, self.ledger.page_table(0, group).first * page_size)
         kept = torch.arange(first, start + num_tokens, device=keys.device)
         storage.store(
             index,
             [tokens.last_of_each(batch_size, len(kept)) for tokens in encoded],
-            self._slots(group, kept).flatten(),
+            (self._pages(self._tables[group], kept // page_size) * page_size + kept % page_size).flatten(),
         )
-        self._advance(layer, start + num_tokens)
+        self._stored[layer] = start + num_tokens
         fresh = _by_sequence(storage.decode(encoded, keys.dtype), batch_size)
         return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(past, fresh, strict=True)))
 
@@ -133,21 +138,21 @@ class PagedKVCache:
         Raises:
             ValueError: if `length` is negative or above what is stored, or a window has moved on past it.
         """
-        if not 0 <= length <= min(self._stored, default=0):
-            raise ValueError(f"cannot keep {length} of {min(self._stored, default=0)} stored tokens")
+        stored = min(self.length(layer) for layer, place in enumerate(self.layers) if place is not None)
+        if not 0 <= length <= stored:
+            raise ValueError(f"cannot keep {length} of {stored} stored tokens")
         for row in range(self.batch_size):
             self.ledger.truncate(row, length)
         self._stored = [length] * len(self.layers)
-        self._reserved = length
-        self._set_lengths()
+        self._set_length(length)
 
     def release(self) -> None:
         """Forget all sequences; every page is free again."""
         for row in range(self.batch_size):
             self.ledger.release(row)
-        self.batch_size = self._reserved = 0
+        self.batch_size = 0
         self._stored = [0] * len(self.layers)
-        self._set_lengths()
+        self._set_length(0)
 
     def _place(self, layer: int) -> tuple[PagedStorage, int, int]:
         place = self.layers[layer]
@@ -178,30 +183,27 @@ class PagedKVCache:
                 f"{length} tokens do not fit in a cache for sequences of {self.max_seq_len}. "
                 f"Try: workload.max_seq_len={length}"
             )
-        try:
+        page_size = self.params.page_size
+        needed = self.batch_size * ceil_div(length, page_size) if self.params.grows else 0
+        if needed > self.num_pages:
+            raise CapacityError(
+                f"out of pages: {self.batch_size} sequences of {length} tokens need {needed} pages of {page_size}, "
+                f"the cache has {self.num_pages}. "
+                f"Try: workload.max_batch_size={self.batch_size} workload.max_seq_len={length}"
+            )
+        self._past_tables = [[table.clone() for table in shards] for shards in self._tables]
+        # A page at a time: so a window that moves on hands its old pages to the tokens that follow.
+        while self._reserved < length:
+            piece = min(length - self._reserved, page_size - self._reserved % page_size)
             for row in range(self.batch_size):
-                self._apply(self.ledger.alloc(row, length - self._reserved).new_pages)
-        except CapacityError:
-            for row in range(self.batch_size):
-                self.ledger.truncate(row, self._reserved)
-            raise
+                self._apply(self.ledger.alloc(row, piece).new_pages)
+                self.ledger.commit(row, piece, num_drafts=self._rollback)
+            self._set_length(self._reserved + piece)
+
+    def _set_length(self, length: int) -> None:
         self._reserved = length
-
-    def _advance(self, layer: int, length: int) -> None:
-        before = min(self._lengths_of_storing_layers())
-        self._stored[layer] = length
-        after = min(self._lengths_of_storing_layers())
-        if after > before:
-            for row in range(self.batch_size):
-                self.ledger.commit(row, after - before)
-            self._set_lengths()
-
-    def _lengths_of_storing_layers(self) -> Iterable[int]:
-        return (stored for stored, place in zip(self._stored, self.layers, strict=True) if place is not None)
-
-    def _set_lengths(self) -> None:
         for lengths in self._lengths:
-            lengths.zero_()[: self.batch_size] = min(self._lengths_of_storing_layers())
+            lengths.zero_()[: self.batch_size] = length
 
     def _apply(self, runs: Iterable[PageRun]) -> None:
         for run in runs:
@@ -209,20 +211,17 @@ class PagedKVCache:
                 columns = torch.arange(run.first, run.first + len(run.pages)) % table.shape[1]
                 table[run.seq_id, columns] = torch.tensor(run.pages, dtype=torch.int32, device=table.device)
 
-    def _pages(self, group: int, columns: Tensor) -> Tensor:
-        table = self._tables[group][0]
+    def _pages(self, shards: list[Tensor], columns: Tensor) -> Tensor:
+        table = shards[0]
         return table[: self.batch_size, columns % table.shape[1]].long()
 
-    def _slots(self, group: int, positions: Tensor) -> Tensor:
-        page_size = self.params.page_size
-        return self._pages(group, positions // page_size) * page_size + positions % page_size
-
-    def _read(self, layer: int, start: int, stop: int, dtype: torch.dtype) -> KeysValues:
+    def _read_past(self, layer: int, start: int, stop: int, dtype: torch.dtype) -> KeysValues:
         storage, group, index = self._place(layer)
         page_size = self.params.page_size
         first, last = start // page_size, -(-stop // page_size)
-        columns = torch.arange(first, last, device=self._tables[group][0].device)
-        tokens = _by_sequence(storage.read(index, self._pages(group, columns).flatten(), dtype), self.batch_size)
+        columns = torch.arange(first, last, device=self._past_tables[group][0].device)
+        pages = self._pages(self._past_tables[group], columns)
+        tokens = _by_sequence(storage.read(index, pages.flatten(), dtype), self.batch_size)
         span = slice(start - first * page_size, stop - first * page_size)
         return KeysValues(tokens.keys[:, :, span], tokens.values[:, :, span])
 

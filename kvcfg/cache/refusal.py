@@ -42,7 +42,7 @@ class Shortage:
         """The error to raise; with `bytes_for_pages` it can offer a size for the cache."""
         count = "1 page" if self.needed == 1 else f"{self.needed} pages"
         others = self.sequences - self.asking
-        rest = "" if not others else f"; {others} other sequence{'s' * (others > 1)} hold pages"
+        rest = "" if not others else f"; {others} other {'sequences hold' if others > 1 else 'sequence holds'} pages"
         return CapacityError(
             f"out of pages: {self.who} needs {count} of {self.page_size} tokens in {', '.join(self.groups)}, "
             f"{self.free} of {self.num_pages} are free, {self.evictable} of those evictable{rest}. "

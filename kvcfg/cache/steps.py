@@ -144,7 +144,8 @@ class LedgerSteps:
     def _plan_to(
         self, state: SequenceState, target: int, lookahead: int, hit_end: int, hits: list[list[int]]
     ) -> list[PagePlan]:
-        next_query = max(target - self._drafts, state.length)
+        final = hit_end * self.page_size if hit_end > state.closed else state.final
+        next_query = max(target - self._drafts, final)
         return self.tracks.plan(state, hit_end, hits, target + lookahead, next_query)
 
     def _change(self, changes: Changes) -> tuple[PageRun, ...]:

@@ -73,9 +73,9 @@ def accepted(field: FieldInfo) -> Accepted:
     if choices := _choices(kind):
         names = dict.fromkeys([show(item) for item in choices] + ["null"] * nullable)
         return Accepted(one_of(list(names)), choices, nullable=nullable, default=written_default(field))
-    rule, *number = _in_words(kind, bounds)
+    rule, number, low, high = _in_words(kind, bounds)
     rule = f"{rule} or null" if nullable else rule
-    return Accepted(rule, (), *number, nullable=nullable, default=written_default(field))
+    return Accepted(rule, (), number, low, high, nullable, written_default(field))
 
 
 def written_default(field: FieldInfo) -> Any:

@@ -102,7 +102,8 @@ def _check_group(name: str, model: type[BaseModel], data: Any) -> _Group:
     except ValidationError as error:
         problems = list(_told(ExperimentConfig, error, name))
     refused = {problem.key for problem in problems}
-    kept = {key: value for key, value in data.items() if not _touches(f"{name}.{key}", refused)} if isinstance(data, Mapping) else {}
+    given = data if isinstance(data, Mapping) else {}
+    kept = {key: value for key, value in given.items() if not _touches(f"{name}.{key}", refused)}
     value: Any
     try:
         value = model.model_validate(kept)

@@ -9,6 +9,7 @@ at once. They are derived, never written:
     a model | None           a section of null leaves; `to_plain` turns it back into null while it is empty
     tuple, list (of models)  List
     int written with a unit  Union[int, str]
+    bool                     Union[bool, str]; as a plain bool OmegaConf would quietly read 12 as true
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def nulls(model: type[BaseModel]) -> type:
     columns = []
     for name, info in model.model_fields.items():
         inner = section_in(info.annotation)
-        kind = nulls(inner) if inner else Optional[_leaf(info)]  # noqa: UP045 (a runtime type)
-        columns.append((name, kind, field(default_factory=kind) if inner else field(default=None)))
+        section = nulls(inner) if inner else None
+        kind = section or Optional[_leaf(info)]  # noqa: UP045 (a runtime type)
+        columns.append((name, kind, field(default_factory=section) if section else field(default=None)))
     return make_dataclass(f"Optional{model.__name__}", columns, kw_only=True)
 
 
@@ -87,7 +89,7 @@ def _column(info: FieldInfo) -> tuple[Any, Any]:
         return nulls(inner), field(default_factory=nulls(inner))
     if inner is not None:
         return structured(inner), field(default_factory=structured(inner))
-    kind = Optional[_leaf(info)]  # noqa: UP045 (a runtime type)
+    kind: Any = Optional[_leaf(info)]  # noqa: UP045 (a runtime type)
     if info.is_required():
         return kind, field(default=MISSING)
     default = _plain_default(info.get_default(call_default_factory=True))
@@ -117,6 +119,8 @@ def _leaf_type(kind: Any) -> Any:
         return str
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return structured(kind)
+    if kind is bool:
+        return Union[bool, str]  # noqa: UP007 (a runtime type)
     return kind if kind in SCALARS else Any
 
 

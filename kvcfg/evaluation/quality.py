@@ -2,7 +2,7 @@
 
 Every query reads what the cache stored, its own token included, so a format cannot hide behind a fresh copy
 of its keys and values, and the result does not depend on how the text is fed. The full-precision cache is
-transformers' own DynamicCache, in the same run. Its disagreement with itself at another batch shape is the
+transformers' own DynamicCache, in the same run. Its disagreement with itself, fed in another shape, is the
 noise floor: a KL near it means "no difference that this run can see".
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 _ROWS_AT_ONCE = 128
 _NEIGHBOURS = 32
+_PIECE_TOKENS = 64
 _RESAMPLES = 2000
 
 CacheMaker = Callable[[int], Any]
@@ -73,15 +74,16 @@ def compare(model: Any, windows: Tensor, candidate: CacheMaker, on_window: Calla
 
 @torch.no_grad()
 def noise_floor(model: Any, window: Tensor) -> float:
-    """Mean KL of the full-precision cache against itself, alone and in a batch of two.
+    """Mean KL of the full-precision cache against itself, fed at once and 64 tokens at a time.
 
     Args:
         model: a causal language model of transformers.
         window: `[window_tokens]` int64.
     """
-    alone = logits(model, window[None], full_precision)[0]
-    in_batch = logits(model, window.expand(2, -1), full_precision)[0]
-    return agreement(alone, in_batch, window).kl.mean().item()
+    at_once = logits(model, window[None], full_precision)[0]
+    cache = full_precision(1)
+    pieces = [logits(model, piece[None], lambda _: cache)[0] for piece in window.split(_PIECE_TOKENS)]
+    return agreement(at_once, torch.cat(pieces), window).kl.mean().item()
 
 
 def full_precision(batch_size: int) -> Any:

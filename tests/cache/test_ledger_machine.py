@@ -126,10 +126,10 @@ class Naive:
     def commit(self, row: Row, count: int) -> None:
         row.length += count
         before, row.final = row.final // SIZE, max(row.final, row.length - self.drafts)
+        self.age += 1
         for place in range(before, row.final // SIZE if self.caching else 0):
             mine, other = row.table[place], self.find(row.name(place))
             if other is None:
-                self.age += 1
                 self.named[mine] = row.name(place)
                 for name, weight in (("lfu", 0), ("fifo", self.age), ("priority", row.priority)):
                     self.weights[name][mine] = weight

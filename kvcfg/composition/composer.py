@@ -35,9 +35,9 @@ from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.problems import missing, refusal, unknown_key
 from kvcfg.config.structured import register
 from kvcfg.config.verbs import VERBS
-from kvcfg.errors import ConfigError, Problem, nearest, one_of
+from kvcfg.errors import ConfigError, Problem, nearest, one_of, show
 
-CONFIG_PATH = "pkg://kvcfg.conf" if find_spec("kvcfg.conf") else str(Path(__file__).parent.parent / "conf")
+CONFIG_PATH = "pkg://kvcfg.conf" if find_spec("kvcfg.conf") else str(Path(__file__).parents[2] / "conf")
 """Where the groups are: the package kvcfg.conf, or conf/ of a checkout that is not installed."""
 
 WITHOUT_HYDRA = tuple(
@@ -45,6 +45,9 @@ WITHOUT_HYDRA = tuple(
     for name in ("env", "help", "hydra_help", "hydra_logging", "job_logging", "launcher", "output", "sweeper")
 )
 """Settings of Hydra itself, which an experiment does not need and which take a fifth of the time to load."""
+
+VERSION_BASE = {"version_base": "1.3"} if hasattr(version, "base_at_least") else {}
+"""For `hydra.main`: Hydra up to 1.3 wants to be told not to behave like 1.1, later ones warn when they are told."""
 
 LOADING_ERRORS = (HydraException, OmegaConfBaseException, AssertionError, ValueError, TypeError)
 
@@ -100,7 +103,7 @@ class Composer:
         parsed, problems = {}, {}
         for index, text in enumerate(overrides):
             try:
-                override = self._parser.parse_override(text)
+                override = self._parser.parse_overrides([text])[0]
             except HydraException as error:
                 problems[index] = _unreadable(text, error)
                 continue
@@ -134,7 +137,8 @@ class Composer:
         try:
             return Loaded(*self._load(list(lines.values())))
         except LOADING_ERRORS:
-            loaded, accepted = Loaded(*self._load([])), []
+            loaded = Loaded(*self._load([]))
+        accepted: list[str] = []
         for index, line in lines.items():
             try:
                 loaded.config, loaded.choices = self._load([*accepted, line])
@@ -173,7 +177,8 @@ class Composer:
         value = text if isinstance(override.value(), dict) else override.value()
         causes = list(_causes(error))
         if override.package is not None:
-            return Problem(f"{key}@{override.package}", "cannot be moved: groups stay at their key", text, f"{key}={text}")
+            rule = "cannot be moved: groups stay at their key"
+            return Problem(f"{key}@{override.package}", rule, text, f"{key}={text}")
         if override.is_delete():
             return Problem(f"~{key}", "cannot be left out; null unsets what may be unset", fix=f"{key}=null")
         if choices := self.choices(key):
@@ -189,7 +194,14 @@ class Composer:
         owners = [verb for verb, options in VERBS.items() if key.split(".")[0] in options.model_fields]
         if owners and self.config_name not in owners:
             return Problem(key, f"is a key of kvcfg {' and '.join(owners)} alone; leave it out here", value)
+        other_groups = [name for name in self._groups() if name not in self.root.model_fields]
+        if "." not in key and (close := nearest(key, other_groups)) is not None:
+            return Problem(key, f"is no group; there are {', '.join(self._groups())}", value, f"{close}={show(value)}")
         return unknown_key(self.root, key, value)
+
+    def _groups(self) -> list[str]:
+        with _current_behaviour():
+            return [name for name in self._loader.get_group_options("", ObjectType.GROUP) if name != "hydra"]
 
 
 def plain_data(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
@@ -235,8 +247,8 @@ def _current_behaviour() -> Iterator[None]:
     """Hydra's present behaviour rather than that of 1.1, whichever a running application has chosen."""
     base = version.VersionBase.instance()
     chosen = base.version_base
-    if hasattr(version, "base_at_least"):  # Hydra 1.4 has no older behaviour to choose
-        version.setbase("1.3")
+    if VERSION_BASE:
+        version.setbase(VERSION_BASE["version_base"])
     try:
         yield
     finally:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from kvcfg.composer import Composer, Loaded, interpolates, plain_data, scratch_copy, value_text
-from kvcfg.composition import GridPoint, check_point, compose_point, experiment_data
+from kvcfg.composition.composer import Composer, Loaded, interpolates, plain_data, scratch_copy, value_text
+from kvcfg.composition.points import GridPoint, check_point, compose_point, experiment_data
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.fields import field_at, path_of, section_in
 from kvcfg.errors import ConfigError, Problem
