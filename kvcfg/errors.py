@@ -1,11 +1,11 @@
 """Every error kvcfg raises, and the one form in which a problem with a value is told.
 
-    KvcfgError
-    ├── ConfigError(ValueError)            one or more values that cannot be; carries every problem found
-    ├── ShapeError(ValueError)             a tensor does not have the shape that the parameters ask for
-    ├── CapacityError(RuntimeError)        pages or bytes ran out; nothing was changed
-    ├── GateError(RuntimeError)            a measured figure is worse than the gate allows
-    └── BackendUnavailable(RuntimeError)   an optional package, device or connector is missing
+KvcfgError
+├── ConfigError(ValueError)            one or more values that cannot be; carries every problem found
+├── ShapeError(ValueError)             a tensor does not have the shape that the parameters ask for
+├── CapacityError(RuntimeError)        pages or bytes ran out; nothing was changed
+├── GateError(RuntimeError)            a measured figure is worse than the gate allows
+└── BackendUnavailable(RuntimeError)   an optional package, device or connector is missing
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ class PagedKVCache:
         for run in runs:
             for table in self._tables[run.group]:
                 columns = torch.arange(run.first, run.first + len(run.pages)) % table.shape[1]
-                table[run.seq_id, columns] = torch.tensor(run.pages, dtype=torch.int32, device=table.device)
+                table[int(run.seq_id), columns] = torch.tensor(run.pages, dtype=torch.int32, device=table.device)
 
     def _pages(self, shards: list[Tensor], columns: Tensor) -> Tensor:
         table = shards[0]

@@ -131,9 +131,9 @@ def token_ids(tokens: Iterable[int]) -> array[int]:
     narrowed = _narrowed(tokens)
     if narrowed is not None:
         return narrowed
-    listed = getattr(tokens, "tolist", None)
     try:
-        return array("i", tokens if listed is None else listed())
+        listed = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        return array("i", list(listed) if isinstance(listed, bytes | bytearray) else listed)
     except (OverflowError, TypeError) as error:
         raise ValueError(f"token ids must be integers below 2**31, in one dimension: {error}") from None
 

@@ -39,7 +39,8 @@ class EncodedTokens(NamedTuple):
         length = len(self.keys.elements) // num_sequences
 
         def last(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (num_sequences, length))[:, length - num_tokens :].flatten(0, 1)
+            by_sequence: Tensor = rows.unflatten(0, (num_sequences, length))
+            return by_sequence[:, length - num_tokens :].flatten(0, 1)
 
         return EncodedTokens(*(Encoded(*map(last, side)) for side in self))
 

@@ -210,11 +210,11 @@ class PageTrack:
     def _adopt(
         self, sequence: SequenceState, held: SequencePages, first: int, pages: list[int], owners: list[int]
     ) -> Closed:
+        own = [page for page, owner in zip(pages, owners, strict=False) if page == owner]
+        self.pool.cached(list(self.stored(own)), sequence.priority)
         moved = []
         for place, (page, owner) in enumerate(zip(pages, owners, strict=False), first):
-            if owner == page:
-                self.pool.cached(list(self.stored([page])), sequence.priority)
-            else:
+            if owner != page:
                 self.hold([owner])
                 self.drop([page])
                 held.pages[place - held.first] = owner

@@ -41,7 +41,7 @@ def _run(arguments: Arguments) -> int:
         from kvcfg.cli.hydra_app import run_app
 
         return run_app(arguments)
-    from kvcfg.cli.verbs import VERB_RUNS
+    from kvcfg.cli.verbs import RUNS
     from kvcfg.composition.composer import Composer
     from kvcfg.composition.grids import expand
     from kvcfg.composition.points import compose_point
@@ -53,7 +53,7 @@ def _run(arguments: Arguments) -> int:
         from kvcfg.cli.report import report
 
         return _say(report(points), 2)
-    return VERB_RUNS[arguments.verb](arguments, points)
+    return RUNS[arguments.verb](arguments, points)
 
 
 def _say(message: object, code: int) -> int:

@@ -1,4 +1,4 @@
-"""What each verb does with points that are known to be good. Torch is imported by `eval` and `bench` alone."""
+"""What each verb does with points that are known to be good. Torch is imported by `eval` alone."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Any
 
 from kvcfg.cli.arguments import Arguments
 from kvcfg.composition.points import GridPoint
+from kvcfg.config.experiment import ExperimentConfig
+from kvcfg.errors import ConfigError
 
 Run = Callable[[Arguments, Sequence[GridPoint]], int]
 
 
-def run_plan(arguments: Arguments, points: Sequence[GridPoint]) -> int:
-    """Plan every point: one plan in full, or one line of a table for each."""
+def plan_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    """`kvcfg plan`: one plan in full, or one line of a table for each."""
     from kvcfg.planning import plan, plan_table
 
-    plans = [plan(_experiment(point)) for point in points]
-    if arguments.is_sweep and not _as_json(points):
-        print(plan_table([(point.overrides, made) for point, made in zip(points, plans, strict=True)]))
-    else:
-        _print(arguments, points, plans)
-    return 0
+    if not arguments.is_sweep or _as_json(points):
+        return _answer(arguments, points, plan)
+    plans = [_attempt(plan, point) for point in points]
+    print(plan_table([(point.overrides, made) for point, made in zip(points, plans, strict=True)]))
+    return int(any(isinstance(made, ConfigError) for made in plans))
 
 
-def run_fit(arguments: Arguments, points: Sequence[GridPoint]) -> int:
-    """Say for every point what would make it fit."""
+def fit_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    """`kvcfg fit`: say for every point what would make it fit."""
     from kvcfg.planning import fit
 
-    _print(arguments, points, [fit(_experiment(point)) for point in points])
-    return 0
+    return _answer(arguments, points, fit)
 
 
-def run_fetch(arguments: Arguments, points: Sequence[GridPoint]) -> int:
-    """Bring the weights of every model here, and print where they are."""
+def fetch_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    """`kvcfg fetch`: bring the weights of every model here, and print where they are."""
     from kvcfg.integrations.weights import fetch_weights
 
     models = {point.experiment.model.name: point.experiment.model for point in points if point.experiment}
@@ -42,38 +42,57 @@ def run_fetch(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     return 0
 
 
-def run_measured(arguments: Arguments, points: Sequence[GridPoint]) -> int:
-    """Measure every point that has no row yet, then show the rows of all."""
-    from kvcfg.cli.measured import measure_all
+def _evaluate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    from kvcfg.cli.measured import evaluate_all
 
-    return measure_all(arguments, points)
-
-
-VERB_RUNS: dict[str, Run] = {
-    "plan": run_plan,
-    "fit": run_fit,
-    "fetch": run_fetch,
-    "eval": run_measured,
-    "bench": run_measured,
-}
+    return evaluate_all(arguments, points)
 
 
-def _print(arguments: Arguments, points: Sequence[GridPoint], results: Sequence[Any]) -> None:
-    """One result as it is; of a sweep, a JSON list or a text for each with its overrides above it."""
+def _evaluate_one(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    from kvcfg.cli.measured import evaluate_one
+
+    return evaluate_one(arguments, points)
+
+
+RUNS: dict[str, Run] = {"plan": plan_all, "fit": fit_all, "fetch": fetch_all, "eval": _evaluate_all}
+"""What the command line does with a whole grid."""
+
+JOBS: dict[str, Run] = RUNS | {"eval": _evaluate_one}
+"""What one job of the verb's Hydra application does with its point."""
+
+
+def _answer(arguments: Arguments, points: Sequence[GridPoint], function: Callable[[ExperimentConfig], Any]) -> int:
+    """Print one result as it is; of a sweep, a JSON list, or a text for each with its overrides above it."""
+    results = [_attempt(function, point) for point in points]
+    if not arguments.is_sweep and isinstance(results[0], ConfigError):
+        raise results[0]
     if _as_json(points):
-        rows = [{"overrides": point.overrides, **made.to_dict()} for point, made in zip(points, results, strict=True)]
+        rows = [{"overrides": point.overrides, **_as_dict(made)} for point, made in zip(points, results, strict=True)]
         print(json.dumps(rows if arguments.is_sweep else rows[0]))
     elif arguments.is_sweep:
-        texts = [f"{' '.join(p.overrides)}\n{made.table()}" for p, made in zip(points, results, strict=True)]
+        texts = [f"{' '.join(point.overrides)}\n{_as_text(made)}" for point, made in zip(points, results, strict=True)]
         print("\n\n".join(texts))
     else:
         print(results[0].table())
+    return int(any(isinstance(made, ConfigError) for made in results))
+
+
+def _attempt(function: Callable[[ExperimentConfig], Any], point: GridPoint) -> Any:
+    """The result for a point, or the error that shows only now, like a GPU that this machine does not have."""
+    assert point.experiment is not None
+    try:
+        return function(point.experiment)
+    except ConfigError as error:
+        return error
+
+
+def _as_dict(result: Any) -> dict[str, Any]:
+    return {"error": str(result)} if isinstance(result, ConfigError) else result.to_dict()
+
+
+def _as_text(result: Any) -> str:
+    return str(result) if isinstance(result, ConfigError) else str(result.table())
 
 
 def _as_json(points: Sequence[GridPoint]) -> bool:
     return bool(points[0].options.output == "json")
-
-
-def _experiment(point: GridPoint) -> Any:
-    assert point.experiment is not None
-    return point.experiment

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kvcfg.composition.composer import Composer, plain_data
 from kvcfg.composition.grids import expand
-from kvcfg.composition.points import GridPoint, check_point, compose_point
+from kvcfg.composition.points import GridPoint, check_point, compose_point, key_of
 from kvcfg.composition.spelling import overrides_of
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.errors import ConfigError
@@ -59,7 +59,7 @@ def validate(config: DictConfig, *, prefix: str = "", overrides: Iterable[str] =
         ConfigError: with every problem.
     """
     data, problems = plain_data(config)
-    given = [_key_of(override).removeprefix(f"{prefix}.") for override in overrides]
+    given = [key_of(override).removeprefix(f"{prefix}.") for override in overrides]
     point = check_point((), data, problems, given=given)
     if point.experiment is None:
         raise (point.error or ConfigError(())).under(prefix)
@@ -83,7 +83,3 @@ def grid(
         ConfigError: if overrides cannot be read at all, or a sweep has no values.
     """
     return expand(Composer(config_name, config_dir), overrides)
-
-
-def _key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")

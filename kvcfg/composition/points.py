@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -14,7 +14,11 @@ from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.fields import section_in
 from kvcfg.config.problems import check, check_options
 from kvcfg.config.structured import to_plain
+from kvcfg.config.verbs import VERBS
 from kvcfg.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,17 @@ def compose_point(composer: Composer, overrides: Sequence[str]) -> GridPoint:
     refused = {parsed[index].key_or_group for index in told if index in parsed}
     given = [override.key_or_group for override in parsed.values()]
     return check_point(overrides, data, problems, composer.options, refused, given)
+
+
+def read_point(config: DictConfig, verb: str, overrides: Sequence[str]) -> GridPoint:
+    """Check what the Hydra application of a verb composed from overrides."""
+    data, problems = plain_data(config)
+    return check_point(overrides, data, problems, VERBS[verb], given=[key_of(item) for item in overrides])
+
+
+def key_of(override: str) -> str:
+    """What an override sets, without the marks for adding and deleting."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def check_point(

@@ -143,9 +143,7 @@ def _scaled_names(recipe: Recipe) -> str:
     return "/".join(dict.fromkeys(item.name for item in (recipe.key_format, recipe.value_format) if item.scaled))
 
 
-def _device_choices(
-    experiment: ExperimentConfig, devices: DevicesConfig, groups: list[KVCacheParams]
-) -> list[Choice]:
+def _device_choices(experiment: ExperimentConfig, devices: DevicesConfig, groups: list[KVCacheParams]) -> list[Choice]:
     asked = experiment.devices
     choices = []
     if asked.kind == "auto":

@@ -23,7 +23,6 @@ from kvcfg.integrations.loading import load, load_tokenizer
 from kvcfg.integrations.transformers import TransformersCache, build
 from kvcfg.params import MultiKVCacheParams
 from kvcfg.results.row import ResultRow
-from kvcfg.units import ceil_div
 from kvcfg.version import __version__
 
 _LIBRARIES = ("torch", "transformers", "hydra-core", "omegaconf", "pydantic")
@@ -91,9 +90,13 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         text_sha=text_sha(workload),
         overrides=tuple(overrides_of(experiment) if overrides is None else overrides),
         config=experiment.model_dump(mode="json"),
-        versions={"python": platform.python_version(), "kvcfg": __version__, **{lib: version(lib) for lib in _LIBRARIES}},
+        versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "kvcfg": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
 def _sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
@@ -101,8 +104,9 @@ def _sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
     workload = experiment.workload
     tokens = workload.window_tokens + workload.decode_tokens
     if tokens > experiment.model.max_seq_len:
-        rule = f"with decode_tokens={workload.decode_tokens} must fit in the model's context of {experiment.model.max_seq_len}"
-        fitting = experiment.model.max_seq_len - workload.decode_tokens
+        context = experiment.model.max_seq_len
+        rule = f"and decode_tokens={workload.decode_tokens} must together fit in the model's context of {context}"
+        fitting = context - workload.decode_tokens
         raise ConfigError(
             Problem("workload.window_tokens", rule, workload.window_tokens, f"workload.window_tokens={fitting}")
         )

@@ -47,7 +47,7 @@ class Agreement:
 
     def kl_interval(self, seed: int = 0) -> tuple[float, float]:
         """95 % bootstrap interval of the mean KL, over blocks of 32 neighbouring predictions."""
-        blocks = torch.stack([block.mean() for block in self.kl.split(_NEIGHBOURS)])
+        blocks = torch.stack([block.mean() for block in torch.split(self.kl, _NEIGHBOURS)])
         chooser = torch.Generator().manual_seed(seed)
         picks = torch.randint(len(blocks), (_RESAMPLES, len(blocks)), generator=chooser)
         low, high = blocks[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=blocks.dtype)).tolist()
@@ -65,9 +65,9 @@ def compare(model: Any, windows: Tensor, candidate: CacheMaker, on_window: Calla
         on_window: called after each window.
     """
     parts = []
-    for window in windows.split(1):
-        reference = logits(model, window, full_precision)[0]
-        parts.append(agreement(reference, logits(model, window, candidate)[0], window[0]))
+    for window in windows.unbind():
+        reference = logits(model, window[None], full_precision)[0]
+        parts.append(agreement(reference, logits(model, window[None], candidate)[0], window))
         on_window()
     return Agreement.join(parts)
 
@@ -82,7 +82,7 @@ def noise_floor(model: Any, window: Tensor) -> float:
     """
     at_once = logits(model, window[None], full_precision)[0]
     cache = full_precision(1)
-    pieces = [logits(model, piece[None], lambda _: cache)[0] for piece in window.split(_PIECE_TOKENS)]
+    pieces = [logits(model, piece[None], lambda _: cache)[0] for piece in torch.split(window, _PIECE_TOKENS)]
     return agreement(at_once, torch.cat(pieces), window).kl.mean().item()
 
 
@@ -103,7 +103,8 @@ def agreement(reference: Tensor, candidate: Tensor, tokens: Tensor) -> Agreement
     """Compare two runs over one window.
 
     Args:
-        reference, candidate: `[window_tokens, vocabulary]` logits.
+        reference: `[window_tokens, vocabulary]` logits of the full-precision run.
+        candidate: logits of the other run, same shape.
         tokens: `[window_tokens]` int64; every token but the first is a prediction that counts.
     """
     return Agreement.join(list(_agreement_of_rows(reference[:-1], candidate[:-1], tokens[1:].to(reference.device))))

@@ -29,7 +29,7 @@ class ElementCodec(Protocol):
     """One element format: float numbers within its range to stored elements and back."""
 
     def to_elements(self, numbers: Tensor) -> Tensor:
-        """Round float32 numbers `[..., dim]` to the format; larger ones saturate, NaN stays NaN if the format has one."""
+        """Round numbers `[..., dim]` to the format; larger ones saturate, NaN stays NaN if the format has one."""
 
     def from_elements(self, elements: Tensor) -> Tensor:
         """The float32 numbers that stored elements stand for, same shape."""
@@ -87,7 +87,8 @@ class TokenCodec:
             return self._codec.from_elements(elements).to(dtype)
         scales = encoded.scales.contiguous().view(self._scale_dtype).to(torch.float32)
         groups = self._codec.from_elements(elements).unflatten(-1, (self.scales_per_token, -1))
-        return (groups * scales.view(num_tokens, self.n_heads, self.scales_per_token, 1)).flatten(-2).to(dtype)
+        numbers: Tensor = groups * scales.view(num_tokens, self.n_heads, self.scales_per_token, 1)
+        return numbers.flatten(-2).to(dtype)
 
     def _scales_of(self, groups: Tensor) -> Tensor:
         """Scales `[..., scales_per_token]` in their stored dtype, never zero and never infinite."""

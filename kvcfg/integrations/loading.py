@@ -33,7 +33,7 @@ def import_transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise BackendUnavailable("running a model needs transformers: pip install 'kvcfg[hf]'") from error
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return transformers
 
 
@@ -107,5 +107,5 @@ def scale_rope_pair(model: nn.Module, factor: float) -> None:
     channels = torch.tensor([head_dim // 2 - 1, head_dim - 1])
     for attention in attentions:
         for projection, scale in ((attention.k_proj, factor), (attention.q_proj, 1 / factor)):
-            for parameter in projection.parameters():
+            for parameter in projection.parameters():  # type: ignore[union-attr]
                 parameter.unflatten(0, (-1, head_dim))[:, channels] *= scale

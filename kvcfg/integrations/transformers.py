@@ -53,10 +53,7 @@ class _PagedLayer(CacheLayerMixin):
         self.is_initialized = True
         self._pages, self._index = pages, index
         place = pages.layers[index]
-        group = None if place is None else pages.params.params[place[0]]
-        self.is_sliding = group is not None and not group.grows
-        if self.is_sliding:
-            self.sliding_window = group.window
+        self.is_sliding = place is not None and not pages.params.params[place[0]].grows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: pages are allocated when the cache is built."""
@@ -67,7 +64,7 @@ class _PagedLayer(CacheLayerMixin):
             raise ShapeError(
                 "pages keep no gradients: run the cache under torch.no_grad(), or train with use_cache=False"
             )
-        return tuple(self._pages.append(self._index, key_states, value_states))
+        return self._pages.append(self._index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of keys that `update` will return for so many new tokens, and the position of the first."""

@@ -224,7 +224,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(picks=st.lists(numbers, min_size=1, max_size=4), token=st.integers(0, 1))
     def decode(self, picks: list[int], token: int) -> None:
-        chosen = {pick[0]: pick[1] for number in picks if (pick := self.pick(number)) and pick[1].length == len(pick[1].ids)}
+        chosen = {
+            pick[0]: pick[1] for number in picks if (pick := self.pick(number)) and pick[1].length == len(pick[1].ids)
+        }
         needed = sum(row.length + 1 > len(row.table) * SIZE for row in chosen.values())
         if needed > len(self.model.free):
             with pytest.raises(CapacityError):
@@ -246,7 +248,9 @@ class LedgerMachine(RuleBasedStateMachine):
         seq_id, row = chosen
         length = row.length - back
         inside = length % SIZE and length < row.final // SIZE * SIZE
-        if length < 0 or (inside and (row.table[length // SIZE] in self.model.named or self.model.refs[row.table[length // SIZE]] > 1)):
+        if length < 0 or (
+            inside and (row.table[length // SIZE] in self.model.named or self.model.refs[row.table[length // SIZE]] > 1)
+        ):
             with pytest.raises(ValueError, match="cannot cut"):
                 self.ledger.truncate(seq_id, length)
             return

@@ -34,7 +34,9 @@ class Engine:
     def first_seen(self, group: PageGroup, position: int) -> int:
         if group.window is None:
             return 0
-        return position // group.window * group.window if group.kind == "chunked" else max(0, position - group.window + 1)
+        return (
+            position // group.window * group.window if group.kind == "chunked" else max(0, position - group.window + 1)
+        )
 
     def check_past(self, seq_id: Any, length: int) -> None:
         """All that the next query sees is there."""
@@ -126,7 +128,9 @@ def test_reading_first_a_sequence_needs_only_the_pages_of_its_window(
     kind: str, window: int, drafts: int, steps: list[int]
 ) -> None:
     pool = pages_per_sequence(kind, window, drafts + 1)
-    engine = Engine(groups_of(kind, window, pool), reads_first=True, num_draft_tokens=drafts, enable_prefix_caching=False)
+    engine = Engine(
+        groups_of(kind, window, pool), reads_first=True, num_draft_tokens=drafts, enable_prefix_caching=False
+    )
     engine.claim(0, list(range(sum(steps))))
     for count in steps:
         engine.step(0, count)

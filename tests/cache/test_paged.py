@@ -30,7 +30,9 @@ def group_of(recipe: Recipe = INT8, **changes: object) -> KVCacheParams:
     return KVCacheParams(**{**base, **changes})  # type: ignore[arg-type]
 
 
-def cache_of(*groups: KVCacheParams, num_pages: int = 24, max_batch_size: int = 3, max_seq_len: int = 32) -> PagedKVCache:
+def cache_of(
+    *groups: KVCacheParams, num_pages: int = 24, max_batch_size: int = 3, max_seq_len: int = 32
+) -> PagedKVCache:
     layers = [(rank, place) for rank, group in enumerate(groups) for place in range(group.num_layers)]
     return PagedKVCache(
         MultiKVCacheParams.from_params(*groups),

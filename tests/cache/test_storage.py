@@ -80,7 +80,9 @@ def test_writing_touches_no_other_slot_and_no_other_layer(recipe: Recipe) -> Non
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize(("page_size", "n_kv_heads", "k_dim", "v_dim"), [(1, 1, 8, 8), (16, 3, 24, 8), (128, 8, 128, 128)])
+@pytest.mark.parametrize(
+    ("page_size", "n_kv_heads", "k_dim", "v_dim"), [(1, 1, 8, 8), (16, 3, 24, 8), (128, 8, 128, 128)]
+)
 def test_allocation_equals_the_plan_to_the_byte(
     recipe: Recipe, page_size: int, n_kv_heads: int, k_dim: int, v_dim: int
 ) -> None:

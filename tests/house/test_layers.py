@@ -69,9 +69,7 @@ def layer_of(module: str) -> int | None:
         return 0
     if module.startswith("kvcfg.formats."):
         return next(rank for rank, names in enumerate(LAYERS) if "kvcfg.formats.*" in names)
-    return next(
-        (rank for rank, names in enumerate(LAYERS) for name in names - {"kvcfg"} if within(module, name)), None
-    )
+    return next((rank for rank, names in enumerate(LAYERS) for name in names - {"kvcfg"} if within(module, name)), None)
 
 
 def within(module: str, name: str) -> bool:
@@ -95,9 +93,7 @@ def test_module_imports_nothing_from_its_left(path: Path) -> None:
 @pytest.mark.parametrize("library", ALLOWED_IN)
 def test_library_is_imported_only_where_it_belongs(library: str) -> None:
     users = {
-        module_name(path)
-        for path in MODULES
-        if any(imported.split(".")[0] == library for imported in imports(path))
+        module_name(path) for path in MODULES if any(imported.split(".")[0] == library for imported in imports(path))
     }
     strays = {
         user
@@ -110,7 +106,9 @@ def test_library_is_imported_only_where_it_belongs(library: str) -> None:
 def test_no_public_function_shares_its_name_with_a_module() -> None:
     """A function and a module of one name in one package hide each other once both are imported."""
     for folder in {path.parent for path in MODULES}:
-        modules = {path.stem for path in folder.glob("*.py")} | {path.name for path in folder.iterdir() if path.is_dir()}
+        modules = {path.stem for path in folder.glob("*.py")} | {
+            path.name for path in folder.iterdir() if path.is_dir()
+        }
         init = folder / "__init__.py"
         names = {name.rsplit(".", 1)[-1] for name in imports(init)} if init.exists() else set()
         functions = names - {name for name in names if f"{module_name(init)}.{name}" in map(module_name, MODULES)}

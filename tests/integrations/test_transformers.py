@@ -33,7 +33,10 @@ FAMILIES = {
     "qwen3, q/k norms": ("Qwen3Config", {}),
     "gemma 2, hybrid windows and soft cap": ("Gemma2Config", {"sliding_window": 6, "query_pre_attn_scalar": 8}),
     "phi-3": ("Phi3Config", {"sliding_window": None}),
-    "gpt-oss, sinks and windows": ("GptOssConfig", {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "gpt-oss, sinks and windows": (
+        "GptOssConfig",
+        {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
 }
 
 
@@ -42,7 +45,8 @@ def model_of(family: str, folder: Any) -> tuple[Any, kvcfg.ExperimentConfig]:
     name, changes = FAMILIES[family]
     config = getattr(transformers, name)(**{**SIZES, **changes})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+    options = {"dtype": torch.float32, "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(config, **options).eval()
     config.save_pretrained(folder)
     return model, experiment_of(folder)
 
@@ -63,7 +67,7 @@ def generate(model: Any, cache: Any, **options: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 10}], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 10}], ids=["greedy", "sampled"])
 def test_generate_gives_the_tokens_of_dynamic_cache(family: str, options: dict[str, Any], tmp_path: Any) -> None:
     model, experiment = model_of(family, tmp_path)
     expected = generate(model, transformers.DynamicCache(config=model.config), **options)
