@@ -28,7 +28,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from kvcfg.errors import BackendUnavailable, ConfigError, Problem, one_of
-from kvcfg.kernels.cpu import loader
+from kvcfg.kernels.cpu.hash_chain import HashChain, compiled_chain
 
 HASH_KEY = "cache.kv_cache_hash_algo"
 """The configuration key that names an algorithm, for error messages."""
@@ -69,7 +69,9 @@ class PageHasher:
 
     def __init__(self, algorithm: str = "sha256", *, seed: bytes = b"", namespace: bytes = b"") -> None:
         self.algorithm, self.seed, self.namespace = algorithm, seed, namespace
-        self._hash, self._compiled = _find(algorithm)
+        self._hash = _find(algorithm)
+        self._compiled: HashChain | None = None
+        self._looked = False
         self._roots: dict[bytes, bytes] = {}
 
     def root(self, salt: bytes = b"") -> bytes:
@@ -104,8 +106,11 @@ class PageHasher:
             end: index of the page after the last; all of them are full.
         """
         count = end - first
-        if self._compiled is not None and count > _FEW_PAGES:
-            return self._compiled(parent, ids, page_size, first, count)
+        if count > _FEW_PAGES:
+            if not self._looked:
+                self._compiled, self._looked = compiled_chain(self.algorithm), True
+            if self._compiled is not None:
+                return self._compiled(parent, ids, page_size, first, count)
         name, digest, names = parent, self._hash, []
         data, width = memoryview(ids).cast("B"), page_size * ids.itemsize
         for start in range(first * width, end * width, width):
@@ -153,8 +158,8 @@ def _narrowed(tokens: object) -> array[int] | None:
     return low if in_range else None
 
 
-def _find(algorithm: str) -> tuple[Callable[[bytes], bytes], loader.HashChain | None]:
-    """One-shot hash of some bytes, and the compiled chain if there is one."""
+def _find(algorithm: str) -> Callable[[bytes], bytes]:
+    """The digest function of an algorithm."""
     if algorithm not in ALGORITHMS:
         rule = one_of(list(ALGORITHMS))
         if algorithm == "ahash64":
@@ -167,4 +172,4 @@ def _find(algorithm: str) -> tuple[Callable[[bytes], bytes], loader.HashChain | 
         raise BackendUnavailable(
             f"{HASH_KEY}={algorithm} needs the {module} package: pip install {module}. Try: {HASH_KEY}=sha256"
         ) from None
-    return (lambda data: new(data).digest()), loader.hash_chain(algorithm)
+    return lambda data: new(data).digest()  # type: ignore[no-any-return]

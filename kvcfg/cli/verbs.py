@@ -1,4 +1,4 @@
-"""What each verb does with points that are known to be good. Torch is imported by `eval` alone."""
+"""What each verb does with points that are known to be good. Torch is imported by `eval` and `bench` alone."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def fetch_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     return 0
 
 
+def _bench_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    """`kvcfg bench`: time the cache of every point beside transformers' own; nothing is kept."""
+    from kvcfg.evaluation.bench import measure_speed, speed_table
+
+    if not arguments.is_sweep or _as_json(points):
+        return _answer(arguments, points, measure_speed)
+    print(speed_table([measure_speed(point.experiment) for point in points if point.experiment is not None]))
+    return 0
+
+
 def _evaluate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     from kvcfg.cli.measured import evaluate_all
 
@@ -54,7 +64,13 @@ def _evaluate_one(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     return evaluate_one(arguments, points)
 
 
-RUNS: dict[str, Run] = {"plan": plan_all, "fit": fit_all, "fetch": fetch_all, "eval": _evaluate_all}
+RUNS: dict[str, Run] = {
+    "plan": plan_all,
+    "fit": fit_all,
+    "fetch": fetch_all,
+    "eval": _evaluate_all,
+    "bench": _bench_all,
+}
 """What the command line does with a whole grid."""
 
 JOBS: dict[str, Run] = RUNS | {"eval": _evaluate_one}

@@ -59,12 +59,6 @@ class BenchOptions(Config):
     output: Output = "table"
     """What is printed: a table to read, or json alone."""
 
-    results: str = "./results/bench.jsonl"
-    """JSONL file that rows are appended to, and that is searched for finished ones."""
-
-    force: bool = False
-    """Measure again although a finished row exists."""
-
 
 class FetchOptions(Config):
     """`kvcfg fetch`: bring the model's weights to this machine."""

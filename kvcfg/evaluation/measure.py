@@ -46,7 +46,7 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         model = load(experiment).model
     workload = experiment.workload
     windows = text_windows(workload, load_tokenizer(experiment))
-    sized = _sized_to_windows(experiment)
+    sized = sized_to_windows(experiment)
     pages = build(sized, model)
 
     def candidate(batch_size: int) -> TransformersCache:
@@ -55,7 +55,7 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
 
     was_training = model.training
     model.eval()
-    title = f"{_format_name(experiment)} on {experiment.model.name}, pages of {pages.params.page_size}"
+    title = f"{format_name(experiment)} on {experiment.model.name}, pages of {pages.params.page_size}"
     with progress_bar(title, workload.num_windows + 2) as step_done:
         agreement = compare(model, windows, candidate, step_done)
         held = _bytes_held(pages)
@@ -71,7 +71,7 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         fingerprint=fingerprint(experiment),
         model=experiment.model.name,
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        format=_format_name(experiment),
+        format=format_name(experiment),
         recipe=str(params.params[0].storage),
         page_size=params.page_size,
         bytes_per_token_planned=params.bytes_per_token,
@@ -99,7 +99,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "kvcfg": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
-def _sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
+def sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
     """The same experiment with a cache for one window and what is decoded after it."""
     workload = experiment.workload
     tokens = workload.window_tokens + workload.decode_tokens
@@ -114,7 +114,8 @@ def _sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
     return experiment.model_copy(update={"workload": one_window})
 
 
-def _format_name(experiment: ExperimentConfig) -> str:
+def format_name(experiment: ExperimentConfig) -> str:
+    """Element format of the stored numbers; keys/values where they differ."""
     recipe = experiment.to_params().params[0].storage
     return "/".join(dict.fromkeys((recipe.key_format.name, recipe.value_format.name)))
 

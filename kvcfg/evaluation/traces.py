@@ -56,9 +56,10 @@ class PagedRequest:
 
     def page_names(self) -> list[Hashable]:
         """A name for every single page."""
-        return [
-            item.name if item.num_pages == 1 else (item.name, part) for item in self.pages for part in range(item.num_pages)
-        ]
+        names: list[Hashable] = []
+        for name, count in self.pages:
+            names += [name] if count == 1 else [(name, part) for part in range(count)]
+        return names
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from kvcfg.cache.eviction import POLICIES
-from kvcfg.cache.ledger import PageGroup, PageLedger
+from kvcfg.cache.ledger import PageLedger
 from kvcfg.errors import CapacityError
 
 PAGES, SIZE = 10, 3
