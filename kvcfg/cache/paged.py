@@ -196,7 +196,7 @@ class PagedKVCache:
         while self._reserved < length:
             piece = min(length - self._reserved, page_size - self._reserved % page_size)
             for row in range(self.batch_size):
-                self._apply(self.ledger.alloc(row, piece).new_pages)
+                self._apply(row, self.ledger.alloc(row, piece).new_pages)
                 self.ledger.commit(row, piece, num_drafts=self._rollback)
             self._set_length(self._reserved + piece)
 
@@ -205,11 +205,11 @@ class PagedKVCache:
         for lengths in self._lengths:
             lengths.zero_()[: self.batch_size] = length
 
-    def _apply(self, runs: Iterable[PageRun]) -> None:
+    def _apply(self, row: int, runs: Iterable[PageRun]) -> None:
         for run in runs:
             for table in self._tables[run.group]:
                 columns = torch.arange(run.first, run.first + len(run.pages)) % table.shape[1]
-                table[int(run.seq_id), columns] = torch.tensor(run.pages, dtype=torch.int32, device=table.device)
+                table[row, columns] = torch.tensor(run.pages, dtype=torch.int32, device=table.device)
 
     def _pages(self, shards: list[Tensor], columns: Tensor) -> Tensor:
         table = shards[0]

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import sys
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Mapping
@@ -28,13 +27,16 @@ from importlib import import_module
 from typing import NamedTuple
 
 from kvcfg.errors import BackendUnavailable, ConfigError, Problem, one_of
-from kvcfg.kernels.cpu.hash_chain import HashChain, compiled_chain
+from kvcfg.kernels.cpu.hash_chain import HashChain, compiled_chain, narrowed
 
 HASH_KEY = "cache.kv_cache_hash_algo"
 """The configuration key that names an algorithm, for error messages."""
 
 _FEW_PAGES = 2
 """Up to this many pages the standard library is faster than a call into compiled code."""
+
+_FEW_TOKENS = 64
+"""Up to this many token ids are converted one by one."""
 
 _REMEMBERED_ROOTS = 4096
 """Salts whose roots are kept; more are computed anew each time."""
@@ -133,9 +135,9 @@ def token_ids(tokens: Iterable[int]) -> array[int]:
     """
     if isinstance(tokens, array) and tokens.typecode == "i":
         return tokens[:]
-    narrowed = _narrowed(tokens)
-    if narrowed is not None:
-        return narrowed
+    ids = _narrowed(tokens)
+    if ids is not None:
+        return ids
     try:
         listed = tokens.tolist() if hasattr(tokens, "tolist") else tokens
         return array("i", list(listed) if isinstance(listed, bytes | bytearray) else listed)
@@ -144,18 +146,13 @@ def token_ids(tokens: Iterable[int]) -> array[int]:
 
 
 def _narrowed(tokens: object) -> array[int] | None:
-    """A buffer of int64 as int32 without a Python integer per token; None if it is none, or holds other numbers."""
+    """A buffer of int64 as int32 without a Python integer per token; None if it is none, short, or does not fit."""
     try:
         view = memoryview(tokens)  # type: ignore[arg-type]
     except TypeError:
         return None
-    if view.ndim != 1 or view.format not in ("q", "l") or view.itemsize != 8:
-        return None
-    words = array("i", view.tobytes())
-    low, high = (words[::2], words[1::2]) if sys.byteorder == "little" else (words[1::2], words[::2])
-    top_byte = 3 if sys.byteorder == "little" else 0
-    in_range = not high.tobytes().strip(b"\0") and low.tobytes()[top_byte::4].isascii()
-    return low if in_range else None
+    is_wide = view.ndim == 1 and view.format in ("q", "l") and view.itemsize == 8
+    return narrowed(view.tobytes()) if is_wide and len(view) > _FEW_TOKENS else None
 
 
 def _find(algorithm: str) -> Callable[[bytes], bytes]:
@@ -172,4 +169,4 @@ def _find(algorithm: str) -> Callable[[bytes], bytes]:
         raise BackendUnavailable(
             f"{HASH_KEY}={algorithm} needs the {module} package: pip install {module}. Try: {HASH_KEY}=sha256"
         ) from None
-    return lambda data: new(data).digest()  # type: ignore[no-any-return]
+    return lambda data: new(data).digest()

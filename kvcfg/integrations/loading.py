@@ -33,7 +33,7 @@ def import_transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise BackendUnavailable("running a model needs transformers: pip install 'kvcfg[hf]'") from error
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 

@@ -46,10 +46,9 @@ class _PagedLayer(CacheLayerMixin):
 
     is_compileable = False
     is_croppable = True
-    is_initialized = True
 
     def __init__(self, pages: PagedKVCache, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
         self._pages, self._index = pages, index
         place = pages.layers[index]

@@ -14,11 +14,14 @@ from kvcfg.params import KVCacheParams
 
 CPU = torch.device("cpu")
 RECIPES = {
-    **{name: Recipe(item, item, "token_head" if item.scaled else "none", "dynamic", DType.float32) for name, item in FORMATS.items()},
+    **{
+        name: Recipe(item, item, "token_head" if item.scaled else "none", "dynamic", DType.float32)
+        for name, item in FORMATS.items()
+    },
     "int8 in blocks": Recipe(FORMATS["int8"], FORMATS["int8"], "block", "dynamic", DType.bfloat16, 8),
     "int8 keys, bfloat16 values": Recipe(FORMATS["int8"], FORMATS["bfloat16"], "token_head", "dynamic", DType.float16),
     "fp8 at unit scale": Recipe(FORMATS["float8_e4m3fn"], FORMATS["float8_e4m3fn"], "tensor", "unit", DType.float32),
-}  # fmt: skip
+}
 
 
 def params_of(recipe: Recipe, **changes: object) -> KVCacheParams:

@@ -254,6 +254,16 @@ void xxh3_128(const uint8_t* data, size_t size, uint8_t* name) {
 
 extern "C" {
 
+// int64 to int32; 0 if a number does not fit.
+int kvcfg_narrow(const int64_t* wide, size_t count, int32_t* narrow) {
+    uint64_t lost = 0;
+    for (size_t i = 0; i < count; ++i) {
+        narrow[i] = static_cast<int32_t>(wide[i]);
+        lost |= static_cast<uint64_t>(wide[i]) ^ static_cast<uint64_t>(static_cast<int64_t>(narrow[i]));
+    }
+    return lost == 0;
+}
+
 // names: pages * 32 bytes; plain: whether to do without the CPU's own rounds.
 void kvcfg_sha256_chain(const uint8_t* parent, const uint8_t* ids, size_t page_bytes, size_t pages, uint8_t* names,
                         int plain) {

@@ -1,4 +1,4 @@
-"""The compiled hash chain: names of all pages of a prompt in one call."""
+"""The compiled hash chain: names of all pages of a prompt in one call, from token ids in one more."""
 
 from __future__ import annotations
 
@@ -43,6 +43,16 @@ def compiled_chain(algorithm: str, *, plain: bool = False) -> HashChain | None:
         return list(_names(count, width).unpack(names.raw))
 
     return chain
+
+
+def narrowed(wide: bytes) -> array[int] | None:
+    """Native int64 as int32; None if it is not compiled here, or a number does not fit."""
+    library = load_kernel("hash_chain")
+    if library is None:
+        return None
+    ids = array("i", bytes(len(wide) // 2))
+    target = ctypes.c_void_p(ids.buffer_info()[0])
+    return ids if library.kvcfg_narrow(wide, ctypes.c_size_t(len(ids)), target) else None
 
 
 @lru_cache(maxsize=1024)

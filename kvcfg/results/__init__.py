@@ -1,0 +1,1 @@
+"""What was measured: one row an experiment, kept in a JSONL file, shown as a table."""

@@ -1,0 +1,98 @@
+"""One measured experiment: its figures, and all that is needed to run it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from kvcfg.errors import GateError, KvcfgError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultRow:
+    """What one cache cost, lost and took, on one model and one text. Its fields are the keys of a JSONL row."""
+
+    fingerprint: str
+    """sha256 of the requested config, kvcfg's version, the model's weights and the text."""
+    model: str
+    """Name of the model."""
+    device: str
+    """Where it ran: cpu, or the name of the GPU."""
+    format: str
+    """Element format; keys/values where they differ."""
+    recipe: str
+    """How pages are stored, in words."""
+    page_size: int
+    """Tokens of a page."""
+    bytes_per_token_planned: float
+    """Bytes of one more token of context, over all layers that grow, scales included, as planned."""
+    bytes_per_token_allocated: float
+    """The same, measured on the tensors that were allocated."""
+    bits_per_element: float
+    """Bits that one number of a closed page takes: values, scales and zeros."""
+    bits_effective: float
+    """The same over all pages that the row's context held, the open one included."""
+    num_predictions: int
+    """Next-token predictions that the figures below are means of."""
+    ppl: float
+    """Perplexity with this cache."""
+    ppl_reference: float
+    """Perplexity with the full-precision cache, in the same run."""
+    kl: float
+    """Mean KL divergence, full-precision cache to this one, in nats per prediction."""
+    kl_ci: tuple[float, float]
+    """95 % bootstrap interval of `kl`, over blocks of neighbouring predictions."""
+    kl_p99: float
+    """KL that one prediction in a hundred exceeds."""
+    noise_floor: float
+    """Mean KL of the full-precision cache against itself, fed in another shape."""
+    top1: float
+    """Share of predictions whose most likely token is the same, 0 to 1."""
+    decode_tokens_per_s: float
+    """Tokens generated per second at batch 1 after the last window, by the median step."""
+    text_sha: str
+    """sha256 of the text."""
+    overrides: tuple[str, ...]
+    """What was asked for, as `kvcfg eval` takes it."""
+    config: dict[str, Any]
+    """The requested config, every value."""
+    versions: dict[str, str]
+    """Versions of Python, kvcfg and the libraries that the figures depend on."""
+    created: str
+    """When the row was made, UTC, ISO 8601."""
+
+    def require(self, *, max_kl: float | None = None) -> ResultRow:
+        """Return the row if it is good enough, for use as a gate in training or CI.
+
+        Args:
+            max_kl: largest mean KL allowed, in nats; None sets no limit.
+
+        Raises:
+            GateError: if the row exceeds a limit or a figure is not a number.
+        """
+        if max_kl is not None and not self.kl <= max_kl:
+            low, high = self.kl_ci
+            raise GateError(
+                f"{self.format} on {self.model}: KL {self.kl:.3g} [{low:.3g}, {high:.3g}] is above the gate {max_kl:g}"
+            )
+        return self
+
+    def to_json(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str, source: str = "row") -> ResultRow:
+        """The row that one line of JSON holds; keys written by later versions are left out.
+
+        Raises:
+            KvcfgError: if the line is no JSON object or lacks a key.
+        """
+        try:
+            data = json.loads(line)
+            known = {field.name: data[field.name] for field in fields(cls)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise KvcfgError(f"{source} is no result row: {error!r}") from error
+        known |= {"overrides": tuple(known["overrides"]), "kl_ci": tuple(known["kl_ci"])}
+        return cls(**known)

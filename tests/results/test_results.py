@@ -1,0 +1,117 @@
+"""Rows go to a file and come back; the table and the gate say what they show."""
+
+from __future__ import annotations
+
+import json
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcfg.errors import GateError, KvcfgError
+from kvcfg.results.row import ResultRow
+from kvcfg.results.store import ResultStore
+from kvcfg.results.table import render
+
+
+def row_of(**changes: Any) -> ResultRow:
+    base: dict[str, Any] = {
+        "fingerprint": "f0",
+        "model": "tiny",
+        "device": "cpu",
+        "format": "int8",
+        "recipe": "int8, dynamic scales per token_head in float32",
+        "page_size": 128,
+        "bytes_per_token_planned": 12240,
+        "bytes_per_token_allocated": 12240.0,
+        "bits_per_element": 8.5,
+        "bits_effective": 8.5,
+        "num_predictions": 2046,
+        "ppl": 9.311,
+        "ppl_reference": 9.303,
+        "kl": 8.15e-4,
+        "kl_ci": (7.2e-4, 9.2e-4),
+        "kl_p99": 5e-3,
+        "noise_floor": 6.6e-12,
+        "top1": 0.984,
+        "decode_tokens_per_s": 10.2,
+        "text_sha": "t0",
+        "overrides": ("cache.kv_cache_format=int8",),
+        "config": {"cache": {"kv_cache_format": "int8"}},
+        "versions": {"torch": "2.13.0"},
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    return ResultRow(**{**base, **changes})
+
+
+def append_rows(path: str, worker: int) -> None:
+    store = ResultStore(path)
+    for number in range(50):
+        store.append(row_of(fingerprint=f"{worker}-{number}"))
+
+
+def test_row_comes_back_from_its_line_unchanged() -> None:
+    assert ResultRow.from_json(row_of().to_json()) == row_of()
+
+
+def test_line_without_a_key_says_which() -> None:
+    data = json.loads(row_of().to_json())
+    del data["kl"]
+    with pytest.raises(KvcfgError, match=r"here is no result row: KeyError\('kl'\)"):
+        ResultRow.from_json(json.dumps(data), "here")
+
+
+def test_store_keeps_the_later_of_two_rows(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "deep" / "rows.jsonl")
+    assert store.find("f0") is None
+    store.append(row_of())
+    store.append(row_of(kl=0.5))
+    found = store.find("f0")
+    assert found is not None and found.kl == 0.5
+    assert len(store.path.read_text().splitlines()) == 2
+
+
+def test_damaged_file_names_its_line(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "rows.jsonl")
+    store.append(row_of())
+    with store.path.open("a") as file:
+        file.write('{"fingerprint":\n')
+    with pytest.raises(KvcfgError, match=r"rows\.jsonl:2 is no result row"):
+        store.rows()
+
+
+def test_processes_append_without_mixing_lines(tmp_path: Path) -> None:
+    path = str(tmp_path / "rows.jsonl")
+    context = get_context("spawn")
+    workers = [context.Process(target=append_rows, args=(path, worker)) for worker in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(ResultStore(path).rows()) == 100
+
+
+def test_gate_passes_a_good_row_on() -> None:
+    row = row_of()
+    assert row.require(max_kl=1e-3) is row
+    assert row.require() is row
+
+
+@pytest.mark.parametrize("kl", [2e-3, float("nan")])
+def test_gate_refuses_a_bad_row_with_figures(kl: float) -> None:
+    with pytest.raises(GateError, match=r"int8 on tiny: KL .* above the gate 0\.001"):
+        row_of(kl=kl).require(max_kl=1e-3)
+
+
+def test_table_shows_each_row_and_the_noise_floor() -> None:
+    text = render([row_of(), row_of(format="bfloat16", bits_per_element=16.0)])
+    lines = text.splitlines()
+    assert "12,240" in lines[2] and "8.15e-04" in lines[2] and "bfloat16" in lines[3]
+    assert "6.6e-12" in text and "2,046 predictions" in text and "9.303 (tiny)" in text
+
+
+def test_table_tells_when_allocation_differs_from_plan() -> None:
+    text = render([row_of(bytes_per_token_allocated=13000.0)])
+    assert "12,240 (allocated 13,000)" in text
+    assert "as planned, and as allocated" not in text
