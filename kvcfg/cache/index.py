@@ -68,16 +68,28 @@ class PrefixIndex:
         """
         owners = list(map(self._pages.setdefault, keys, pages))
         named, named_at = self.keys, self._named_at
-        for place, (page, key, owner) in enumerate(zip(pages, keys, owners, strict=True)):
-            if owner == page:
+        if self._ids is not None and ids is not None:
+            self._compare(pages, owners, first, ids)
+        if owners == pages and self._ids is None:
+            for page, key in zip(pages, keys, strict=True):
+                named[page] = key
+                named_at[page] = now
+            return owners
+        for page, key, owner in zip(pages, keys, owners, strict=True):
+            if owner == page and self._pages[key] == page:
                 named[page], named_at[page] = key, now
-                if self._ids is not None and ids is not None:
-                    self._ids[page] = ids(first + place)
-            elif self._ids is not None and ids is not None and self._ids.get(owner) != ids(first + place):
-                owners[place] = page  # two contents under one name: the newcomer stays nameless
         return owners
 
-    def forget(self, pages: Iterable[int]) -> list[float]:
+    def _compare(self, pages: Sequence[int], owners: list[int], first: int, ids: PageIds) -> None:
+        """Keep the ids of pages that got their name; a page whose name means other ids stays nameless."""
+        assert self._ids is not None
+        for place, (page, owner) in enumerate(zip(pages, owners, strict=True)):
+            if owner == page:
+                self._ids[page] = ids(first + place)
+            elif self._ids.get(owner) != ids(first + place):
+                owners[place] = page
+
+    def forget(self, pages: Sequence[int]) -> list[float]:
         """Take away the names of those pages that have one; when each of them had got it."""
         named, named_at, by_key = self.keys, self._named_at, self._pages
         births = []

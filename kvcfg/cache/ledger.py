@@ -301,7 +301,7 @@ class PageLedger:
             if name not in self._pins:
                 raise ValueError(f"nothing is pinned as {name!r}")
             for track, pages in zip(self._tracks.all, self._pins.pop(name), strict=True):
-                track.drop(reversed(pages))
+                track.drop(pages[::-1])
 
     def reset_prefix_cache(self) -> int:
         """Forget the cached pages that no sequence uses and no pin holds; how many there were."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,11 @@ class LedgerCounters:
     refusals: int = 0
     lifetimes: Counter[float] = field(default_factory=Counter)
 
-    def evicted(self, births: Iterable[float], now: float) -> None:
+    def evicted(self, births: list[float], now: float) -> None:
         """Count evicted pages by how long they had been cached; pages of one commit share a birth."""
-        for birth, pages in Counter(births).items():
-            self.evictions += pages
-            self.lifetimes[_power_of_two(now - birth)] += pages
+        self.evictions += len(births)
+        for birth, pages in groupby(births):
+            self.lifetimes[_power_of_two(now - birth)] += len(list(pages))
 
     def reset(self) -> None:
         """Count from zero again."""

@@ -84,8 +84,7 @@ class PageCopy(NamedTuple):
     target: int
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
+class Allocation(NamedTuple):
     """What `alloc` did.
 
     Attributes:
@@ -100,8 +99,7 @@ class Allocation:
     new_pages: tuple[PageRun, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(NamedTuple):
     """What `commit` did.
 
     Attributes:
@@ -115,8 +113,7 @@ class Commit:
     dropped: tuple[PageRun, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(NamedTuple):
     """What an `alloc` would do now, exactly.
 
     Attributes:

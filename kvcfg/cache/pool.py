@@ -64,21 +64,27 @@ class PagePool:
         self.num_free -= revived
         return revived
 
-    def drop(self, pages: Iterable[int]) -> list[int]:
-        """Take away a reference; those left without one are free, and returned. The first one goes first."""
+    def drop(self, pages: Sequence[int]) -> list[int]:
+        """Take away a reference from pages, each named once.
+
+        Returns:
+            Those left without one. They are free now, and the first of them goes first.
+        """
         state = self._state
-        self._ticket += 1
-        mark, freed = -self._ticket, list[int]()
-        for page in pages:
-            references = state[page]
-            if references > 1:
-                state[page] = references - 1
-            else:
-                assert references == 1, f"page {page} dropped while free"
-                state[page] = mark
-                freed.append(page)
-        self.num_free += len(freed)
+        freed = [page for page in pages if state[page] == 1]
+        if len(freed) < len(pages):
+            for page in pages:
+                references = state[page]
+                if references > 1:
+                    state[page] = references - 1
+                else:
+                    assert references == 1, f"page {page} dropped while free"
         if freed:
+            self._ticket += 1
+            mark = -self._ticket
+            for page in freed:
+                state[page] = mark
+            self.num_free += len(freed)
             self._order.push(self._ticket, freed)
         return freed
 

@@ -58,14 +58,14 @@ class SequenceState:
 
     def named(self, num_pages: int, hasher: PageHasher) -> Sequence[Hashable]:
         """Names of the first pages: `num_pages` of them, or as many as can be known now."""
-        names, size = self.names, self.page_size
-        if self.root is not None and self.ids is not None:
-            end = min(num_pages, len(self.ids) // size)
+        names = self.names
+        if len(names) < num_pages and self.root is not None and self.ids is not None:
+            end = min(num_pages, len(self.ids) // self.page_size)
             if end > len(names):
                 parent = names[-1] if names else self.root
                 assert isinstance(parent, bytes)
-                names += hasher.chain(parent, self.ids, size, len(names), end)
-        return names[:num_pages] if len(names) > num_pages else names
+                names += hasher.chain(parent, self.ids, self.page_size, len(names), end)
+        return names if len(names) <= num_pages else names[:num_pages]
 
     def page_ids(self) -> PageIds | None:
         """Where the token ids of a page are read from, if they are known."""
@@ -74,7 +74,8 @@ class SequenceState:
 
     def measure(self) -> None:
         """Set the capacity to what every pool has pages for."""
-        self.capacity = min((item.end for item in self.pages), default=_UNLIMITED) * self.page_size
+        ends = [item.first + len(item.pages) for item in self.pages]
+        self.capacity = (min(ends) if ends else _UNLIMITED) * self.page_size
 
     def cut(self, length: int) -> None:
         """Forget tokens from `length` on, after the pages that held them are gone."""

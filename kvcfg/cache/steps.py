@@ -44,7 +44,6 @@ class LedgerSteps:
             bytes_for_pages,
             clock,
         )
-        self._no_hits: list[list[int]] = [[] for _ in tracks.all]
 
     def alloc(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> Allocation:
         """Find a prefix, then make room."""
@@ -67,7 +66,7 @@ class LedgerSteps:
         for state in states:
             if state.length + reach > state.capacity:
                 target = state.length + num_new_tokens
-                changes.append((state, self._plan_to(state, target, lookahead, state.closed, self._no_hits)))
+                changes.append((state, self._plan_to(state, target, lookahead, state.closed, self.tracks.no_hits)))
         runs = self._change(changes) if changes else ()
         if ids is not None:
             for state, token in zip(states, ids, strict=True):
@@ -120,7 +119,7 @@ class LedgerSteps:
         """End a sequence."""
         del self.sequences[state.seq_id]
         for track, held in zip(self.tracks.all, state.pages, strict=True):
-            track.drop(held.pages if head_first or self._hasher is None else reversed(held.pages))
+            track.drop(held.pages if head_first or self._hasher is None else held.pages[::-1])
 
     def forecast(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> Forecast:
         """What alloc would do."""
@@ -128,14 +127,14 @@ class LedgerSteps:
         pages = [
             plan.fresh + track.pool.count_free(plan.hits) for track, plan in zip(self.tracks.all, plans, strict=True)
         ]
-        fits = self.tracks.shortage([(state, plans)], "", 0) is None
+        fits = self.tracks.lacking([(state, plans)]) is None
         return Forecast(max(0, hit_end * self.page_size - state.length), sum(pages), fits)
 
     def _plan(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> tuple[int, list[PagePlan]]:
         if num_new_tokens < 0 or lookahead < 0:
             raise ValueError(f"cannot make room for {num_new_tokens} tokens and {lookahead} slots")
         target = state.length + num_new_tokens
-        hit_end, hits = state.closed, self._no_hits
+        hit_end, hits = state.closed, self.tracks.no_hits
         if self._hasher is not None and num_new_tokens > 1:
             limit = (target if state.root is None else target - 1) // self.page_size
             hit_end, hits = self.tracks.find(state, state.named(limit, self._hasher), limit)
@@ -153,11 +152,10 @@ class LedgerSteps:
         return self.tracks.apply(changes, self._clock())
 
     def _afford(self, changes: Changes) -> None:
-        asking = f"sequence {changes[0][0].seq_id!r}" if len(changes) == 1 else f"a batch of {len(changes)} sequences"
-        shortage = self.tracks.shortage(changes, asking, len(self.sequences))
-        if shortage is not None:
+        lacking = self.tracks.lacking(changes)
+        if lacking is not None:
             self.counters.refusals += 1
-            raise shortage.error(self._bytes_for_pages)
+            raise self.tracks.shortage(changes, lacking, len(self.sequences)).error(self._bytes_for_pages)
 
     def _count_input(self, state: SequenceState, target: int) -> None:
         seen = max(state.counted, state.length)

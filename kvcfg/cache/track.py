@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from kvcfg.cache.index import PageIds, PrefixIndex
@@ -14,8 +13,7 @@ from kvcfg.cache.sequence import SequencePages, SequenceState
 from kvcfg.units import ceil_div
 
 
-@dataclass(frozen=True, slots=True)
-class PagePlan:
+class PagePlan(NamedTuple):
     """How the pages of one sequence in one pool are about to change.
 
     Attributes:
@@ -127,6 +125,10 @@ class PageTrack:
         """
         first, kept, end = held.first, held.pages, held.end
         dropped: list[int] = []
+        if not self.windowed:
+            if hit_end > sequence.closed:
+                kept, dropped, end = held.pages[: sequence.closed], held.pages[sequence.closed :], hit_end
+            return PagePlan(held, 0, kept, hits, 0, max(0, ceil_div(slots, self.page_size) - end), dropped)
         if hit_end > sequence.closed:
             begin = hit_end - len(hits)
             seen = self.first_visible(hit_end * self.page_size)
@@ -150,7 +152,7 @@ class PageTrack:
             self.hold(plan.hits)
             self.pool.hit(plan.hits)
         if plan.dropped:
-            self.drop(reversed(plan.dropped))
+            self.drop(plan.dropped[::-1])
 
     def fill(self, plan: PagePlan, counters: LedgerCounters, now: float) -> tuple[int, list[int]]:
         """Second half: take new pages; the index of the first changed page, and the pages from there on."""
@@ -172,11 +174,11 @@ class PageTrack:
             counters.evicted(births, now)
         return pages
 
-    def hold(self, pages: Iterable[int]) -> None:
+    def hold(self, pages: list[int]) -> None:
         """Add a reference to pages that are cached or in use."""
         self.evictable -= self.pool.hold(self.stored(pages))
 
-    def drop(self, pages: Iterable[int]) -> None:
+    def drop(self, pages: list[int]) -> None:
         """Take away a reference; those without one wait, the first of them first, to be handed out."""
         freed = self.pool.drop(self.stored(pages))
         self.evictable += len(freed) - list(map(self.index.keys.__getitem__, freed)).count(None)
@@ -203,7 +205,7 @@ class PageTrack:
         else:
             owners = self.index.name(pages[:known], names[first:end], now, first, ids)
         if owners == pages[:known]:
-            self.pool.cached(list(self.stored(owners)), sequence.priority)
+            self.pool.cached(self.stored(owners), sequence.priority)
             return Closed(first, pages, [])
         return self._adopt(sequence, held, first, pages, owners)
 
@@ -211,7 +213,7 @@ class PageTrack:
         self, sequence: SequenceState, held: SequencePages, first: int, pages: list[int], owners: list[int]
     ) -> Closed:
         own = [page for page, owner in zip(pages, owners, strict=False) if page == owner]
-        self.pool.cached(list(self.stored(own)), sequence.priority)
+        self.pool.cached(self.stored(own), sequence.priority)
         moved = []
         for place, (page, owner) in enumerate(zip(pages, owners, strict=False), first):
             if owner != page:
@@ -232,7 +234,7 @@ class PageTrack:
         self.drop(dropped)
         return first, dropped
 
-    def stored(self, pages: Iterable[int]) -> Iterable[int]:
+    def stored(self, pages: list[int]) -> list[int]:
         """The pages without null pages, which only a windowed pool uses."""
         return [page for page in pages if page != self.null_page] if self.windowed else pages
 
@@ -244,7 +246,7 @@ class PageTrack:
         self.evictable = 0
         return len(unused)
 
-    def check_integrity(self, references: Iterable[int]) -> None:
+    def check_integrity(self, references: list[int]) -> None:
         """Compare pool and index with all references to this pool's pages, one page id for each.
 
         Raises:

@@ -47,6 +47,7 @@ class PageTracks:
             PageTrack(places, groups[places[0]], pages, page_size, eviction, verify) for places, pages in shares
         ]
         self.windowed = any(track.windowed for track in self.all)
+        self.no_hits: list[list[int]] = [[] for _ in self.all]
         self.of_group = {place: number for number, track in enumerate(self.all) for place in track.groups}
 
     def find(self, state: SequenceState, names: Sequence[Hashable], limit: int) -> tuple[int, list[list[int]]]:
@@ -67,9 +68,10 @@ class PageTracks:
             if not track.windowed and end > start:
                 run = track.index.run(names[start:end], start, ids)
                 end = start + len(run)
-        end = self._agreed(state, names, start, end)
+        if self.windowed:
+            end = self._agreed(state, names, start, end)
         if end <= start or end * self.page_size <= state.length:
-            return start, [[] for _ in self.all]
+            return start, self.no_hits
         return end, [
             track.index.run(names[max(start, track.first_visible(end * self.page_size)) : end])
             if track.windowed
@@ -96,38 +98,44 @@ class PageTracks:
             for track, held, found in zip(self.all, state.pages, hits, strict=True)
         ]
 
-    def shortage(self, changes: Changes, who: str, sequences: int) -> Shortage | None:
-        """The first pool in which these changes do not fit together, if there is one.
-
-        Args:
-            changes: the sequences and their plans.
-            who: the sequences, in words.
-            sequences: sequences claimed in all.
-        """
+    def lacking(self, changes: Changes) -> int | None:
+        """The first pool in which these changes do not fit together, if there is one."""
         for number, track in enumerate(self.all):
             pool = track.pool
-            plans = [plans[number] for _, plans in changes]
-            needed = sum([plan.fresh for plan in plans])
-            revived = sum([pool.count_free(plan.hits) for plan in plans if plan.hits])
-            if needed + revived <= pool.num_free:
-                continue
-            given_up = Counter([page for plan in plans for page in track.stored(plan.dropped)])
-            free = pool.num_free - revived + sum([pool.references(page) == drops for page, drops in given_up.items()])
-            if needed > free:
-                return Shortage(
-                    who=who,
-                    groups=tuple(self.groups[place].name for place in track.groups),
-                    windowed=track.windowed,
-                    page_size=self.page_size,
-                    num_pages=pool.num_pages,
-                    free=free,
-                    evictable=track.evictable - revived,
-                    needed=needed,
-                    in_all=sum([len(plan.kept) + len(plan.hits) + plan.fresh for plan in plans]),
-                    sequences=sequences,
-                    asking=len(changes),
-                )
+            if sum([plans[number].fresh for _, plans in changes]) > pool.num_free or any(
+                [plans[number].hits for _, plans in changes]
+            ):
+                needed, free = self._needed_and_free(track, [plans[number] for _, plans in changes])
+                if needed > free:
+                    return number
         return None
+
+    def shortage(self, changes: Changes, number: int, sequences: int) -> Shortage:
+        """What is said of a pool in which these changes do not fit; `sequences` are claimed in all."""
+        track, plans = self.all[number], [plans[number] for _, plans in changes]
+        needed, free = self._needed_and_free(track, plans)
+        return Shortage(
+            asking=[state.seq_id for state, _ in changes],
+            groups=[self.groups[place].name for place in track.groups],
+            windowed=track.windowed,
+            page_size=self.page_size,
+            num_pages=track.pool.num_pages,
+            free=free,
+            evictable=track.evictable - sum([track.pool.count_free(plan.hits) for plan in plans]),
+            needed=needed,
+            in_all=sum([len(plan.kept) + len(plan.hits) + plan.fresh for plan in plans]),
+            sequences=sequences,
+        )
+
+    def _needed_and_free(self, track: PageTrack, plans: list[PagePlan]) -> tuple[int, int]:
+        """New pages that plans need of one pool, and those that are free for them once hits and drops are done."""
+        pool = track.pool
+        free = pool.num_free - sum([pool.count_free(plan.hits) for plan in plans])
+        needed = sum([plan.fresh for plan in plans])
+        if needed > free:
+            given_up = Counter([page for plan in plans for page in track.stored(plan.dropped)])
+            free += sum([pool.references(page) == drops for page, drops in given_up.items()])
+        return needed, free
 
     def apply(self, changes: Changes, now: float) -> tuple[PageRun, ...]:
         """Carry out changes that fit; the runs of the page tables that are new."""
@@ -188,7 +196,7 @@ class PageTracks:
             surplus = held.pages[max(end - held.first, 0) :]
             if surplus:
                 del held.pages[-len(surplus) :]
-                track.drop(reversed(surplus))
+                track.drop(surplus[::-1])
 
     def plan_fork(self, state: SequenceState) -> list[PagePlan]:
         """New pages for the open ones of a sequence; its closed ones are kept, to be shared."""
