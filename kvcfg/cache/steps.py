@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from itertools import repeat
 
 from kvcfg.cache.pages import Allocation, Commit, Forecast, PageCopy, PageRun, SeqId
 from kvcfg.cache.prefix import PageHasher
@@ -68,11 +69,9 @@ class LedgerSteps:
                 target = state.length + num_new_tokens
                 changes.append((state, self._plan_to(state, target, lookahead, state.closed, self.tracks.no_hits)))
         runs = self._change(changes) if changes else ()
-        if ids is not None:
-            for state, token in zip(states, ids, strict=True):
-                if state.ids is not None:
-                    state.ids.append(token)
-        for state in states:
+        for state, token in zip(states, ids or repeat(0), strict=False):
+            if ids is not None and state.ids is not None:
+                state.ids.append(token)
             target = state.length + num_new_tokens
             if target > state.counted:
                 self.counters.input_tokens += target - state.counted
@@ -144,8 +143,8 @@ class LedgerSteps:
         self, state: SequenceState, target: int, lookahead: int, hit_end: int, hits: list[list[int]]
     ) -> list[PagePlan]:
         final = hit_end * self.page_size if hit_end > state.closed else state.final
-        next_query = max(target - self._drafts, final)
-        return self.tracks.plan(state, hit_end, hits, target + lookahead, next_query)
+        earliest = target - self._drafts
+        return self.tracks.plan(state, hit_end, hits, target + lookahead, earliest if earliest > final else final)
 
     def _change(self, changes: Changes) -> tuple[PageRun, ...]:
         self._afford(changes)

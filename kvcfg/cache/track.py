@@ -154,14 +154,16 @@ class PageTrack:
         if plan.dropped:
             self.drop(plan.dropped[::-1])
 
-    def fill(self, plan: PagePlan, counters: LedgerCounters, now: float) -> tuple[int, list[int]]:
-        """Second half: take new pages; the index of the first changed page, and the pages from there on."""
-        added = plan.hits + [self.null_page] * plan.unstored + self.take(plan.fresh, counters, now)
+    def fill(self, plan: PagePlan, fresh: list[int]) -> tuple[int, list[int]]:
+        """Second half, with its new pages; the index of the first changed page, and the pages from there on."""
+        added = fresh
+        if plan.hits or plan.unstored:
+            added = plan.hits + [self.null_page] * plan.unstored + fresh
         held = plan.held
         held.first = plan.first
         if plan.kept is not held.pages:
             held.pages = plan.kept
-        changed = held.end
+        changed = held.first + len(held.pages)
         held.pages += added
         return changed, added
 

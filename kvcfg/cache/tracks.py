@@ -101,10 +101,11 @@ class PageTracks:
     def lacking(self, changes: Changes) -> int | None:
         """The first pool in which these changes do not fit together, if there is one."""
         for number, track in enumerate(self.all):
-            pool = track.pool
-            if sum([plans[number].fresh for _, plans in changes]) > pool.num_free or any(
-                [plans[number].hits for _, plans in changes]
-            ):
+            needed = 0
+            for _, plans in changes:
+                plan = plans[number]
+                needed += plan.fresh + len(plan.hits)
+            if needed > track.pool.num_free:  # unless hits are in use by others, or pages are given up
                 needed, free = self._needed_and_free(track, [plans[number] for _, plans in changes])
                 if needed > free:
                     return number
@@ -139,15 +140,19 @@ class PageTracks:
 
     def apply(self, changes: Changes, now: float) -> tuple[PageRun, ...]:
         """Carry out changes that fit; the runs of the page tables that are new."""
-        for _, plans in changes:
-            for track, plan in zip(self.all, plans, strict=True):
-                track.give_up(plan)
         runs = list[PageRun]()
-        for state, plans in changes:
-            for track, plan in zip(self.all, plans, strict=True):
-                first, pages = track.fill(plan, self.counters, now)
-                if pages:
-                    runs += _runs(state, track, first, pages)
+        for number, track in enumerate(self.all):
+            for _, plans in changes:
+                track.give_up(plans[number])
+            pages = track.take(sum([plans[number].fresh for _, plans in changes]), self.counters, now)
+            used = 0
+            for state, plans in changes:
+                plan = plans[number]
+                first, added = track.fill(plan, pages[used : used + plan.fresh])
+                used += plan.fresh
+                if added:
+                    runs += _runs(state, track, first, added)
+        for state, _ in changes:
             state.measure()
         return tuple(runs)
 
@@ -213,7 +218,7 @@ class PageTracks:
         copies = list[PageCopy]()
         for track, held, plan in zip(self.all, state.pages, plans, strict=True):
             track.hold(plan.kept)
-            first, targets = track.fill(plan, self.counters, now)
+            first, targets = track.fill(plan, track.take(plan.fresh, self.counters, now))
             sources = held.pages[first - held.first :]
             copies += [
                 PageCopy(group, source, target)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from kvcfg.composition.composer import Composer, Loaded, interpolates, plain_data, scratch_copy, value_text
 from kvcfg.composition.points import GridPoint, check_point, compose_point, experiment_data
 from kvcfg.config.experiment import ExperimentConfig
-from kvcfg.config.fields import field_at, path_of, section_in
+from kvcfg.config.fields import field_at, model_in, path_of, section_in
 from kvcfg.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _kind(composer: Composer, values: Sequence[Override], others: Sequence[str])
     if key in GROUPS:
         return "group" if composer.choices(key) else "base"
     field = field_at(composer.root, path_of(key))
-    is_leaf = field is not None and section_in(field.annotation) is None and not any(map(str.isdigit, key.split(".")))
+    is_leaf = field is not None and model_in(field.annotation) is None and not any(map(str.isdigit, key.split(".")))
     is_constant = all("${" not in value_text(item) and "???" not in value_text(item) for item in values)
     is_scalar = not any(isinstance(item.value(), dict) for item in values)
     is_alone = not any(other.startswith(f"{key}.") or key.startswith(f"{other}.") or other == key

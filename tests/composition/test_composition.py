@@ -82,7 +82,9 @@ def test_validate_names_keys_as_the_host_application_does() -> None:
     from omegaconf import OmegaConf
 
     config = OmegaConf.create({"cache": {"kv_cache_page_size": 0}})
-    with pytest.raises(kvcfg.ConfigError, match=r"kv\.cache\.kv_cache_page_size=0: .*Try: kv\.cache\.kv_cache_page_size"):
+    with pytest.raises(
+        kvcfg.ConfigError, match=r"kv\.cache\.kv_cache_page_size=0: .*Try: kv\.cache\.kv_cache_page_size"
+    ):
         kvcfg.validate(config, prefix="kv")
 
 

@@ -1,12 +1,12 @@
 // Names of a sequence's pages in one call: name[i] = H(name[i-1], ids of page i).
 //
 // H is SHA-256 or XXH3-128 (seed 0, digest in canonical order). The names are those that Python's hashlib and
-// xxhash give; the first parent is the caller's. A message is never assembled: the parent is the state that a
-// page starts from, and ids are read where they lie.
+// xxhash give; the first parent is the caller's.
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -274,13 +274,14 @@ void kvcfg_sha256_chain(const uint8_t* parent, const uint8_t* ids, size_t page_b
     }
 }
 
-// names: pages * 16 bytes; scratch: 16 + page_bytes.
+// names: pages * 16 bytes.
 void kvcfg_xxh3_128_chain(const uint8_t* parent, const uint8_t* ids, size_t page_bytes, size_t pages, uint8_t* names,
-                          uint8_t* scratch) {
+                          int) {
+    std::vector<uint8_t> message(16 + page_bytes);
     for (size_t page = 0; page < pages; ++page, ids += page_bytes, names += 16) {
-        std::memcpy(scratch, parent, 16);
-        std::memcpy(scratch + 16, ids, page_bytes);
-        xxh3_128(scratch, 16 + page_bytes, names);
+        std::memcpy(message.data(), parent, 16);
+        std::memcpy(message.data() + 16, ids, page_bytes);
+        xxh3_128(message.data(), message.size(), names);
         parent = names;
     }
 }
