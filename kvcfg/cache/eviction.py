@@ -33,7 +33,12 @@ class FreeOrder(Protocol):
     Args:
         state: per page, references if positive, minus the ticket while free; kept up to date by the owner.
         keys: per page, the name of the cached content or None; kept up to date by the owner.
+
+    Attributes:
+        weighs: whether `cached` and `hit` matter.
     """
+
+    weighs: bool
 
     def __init__(self, state: list[int], keys: Sequence[Hashable | None]) -> None: ...
 
@@ -55,6 +60,8 @@ class FreeOrder(Protocol):
 
 class LeastRecentlyUsed:
     """One queue: pages leave in the order in which they became free."""
+
+    weighs = False
 
     def __init__(self, state: list[int], keys: Sequence[Hashable | None]) -> None:
         self._state = state
@@ -107,6 +114,8 @@ class LeastRecentlyUsed:
 
 class _Weighted:
     """Pages without content first, then cached ones from the lightest; of equal weight the longest free."""
+
+    weighs = True
 
     def __init__(self, state: list[int], keys: Sequence[Hashable | None]) -> None:
         self._state, self._keys = state, keys

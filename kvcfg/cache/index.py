@@ -21,11 +21,13 @@ class PrefixIndex:
 
     Attributes:
         keys: per page its name, or None.
+        verifies: whether token ids are kept.
     """
 
     def __init__(self, num_pages: int, *, verify: bool = False) -> None:
         self.keys: list[Hashable | None] = [None] * num_pages
         self._pages: dict[Hashable, int] = {}
+        self.verifies = verify
         self._ids: dict[int, bytes] | None = {} if verify else None
         self._named_at = [0.0] * num_pages
 
@@ -52,41 +54,40 @@ class PrefixIndex:
         return pages
 
     def name(
-        self, pages: Sequence[int], keys: Sequence[Hashable], now: float, first: int = 0, ids: PageIds | None = None
+        self, pages: Sequence[int], keys: Sequence[Hashable], now: float, contents: Sequence[bytes] | None = None
     ) -> list[int]:
         """Give pages their names, where no other page has them.
 
         Args:
             pages: full pages that nobody writes any more.
-            keys: their names, in order.
+            keys: their names.
             now: the time, in seconds.
-            first: which page of its sequence the first one is.
-            ids: their token ids; None if there are none.
+            contents: their token ids, to be compared with later; None if they are not known.
 
         Returns:
             For each of `pages` the page that holds this content: itself, or the one that had the name before.
         """
         owners = list(map(self._pages.setdefault, keys, pages))
         named, named_at = self.keys, self._named_at
-        if self._ids is not None and ids is not None:
-            self._compare(pages, owners, first, ids)
-        if owners == pages and self._ids is None:
+        if owners == pages:
             for page, key in zip(pages, keys, strict=True):
                 named[page] = key
                 named_at[page] = now
-            return owners
-        for page, key, owner in zip(pages, keys, owners, strict=True):
-            if owner == page and self._pages[key] == page:
-                named[page], named_at[page] = key, now
+        else:
+            for page, key, owner in zip(pages, keys, owners, strict=True):
+                if owner == page:
+                    named[page], named_at[page] = key, now
+        if self._ids is not None and contents is not None:
+            self._compare(pages, owners, contents)
         return owners
 
-    def _compare(self, pages: Sequence[int], owners: list[int], first: int, ids: PageIds) -> None:
-        """Keep the ids of pages that got their name; a page whose name means other ids stays nameless."""
+    def _compare(self, pages: Sequence[int], owners: list[int], contents: Sequence[bytes]) -> None:
+        """Keep the ids of pages that got their name; a page whose name means other ids stays without."""
         assert self._ids is not None
-        for place, (page, owner) in enumerate(zip(pages, owners, strict=True)):
+        for place, (page, owner, content) in enumerate(zip(pages, owners, contents, strict=True)):
             if owner == page:
-                self._ids[page] = ids(first + place)
-            elif self._ids.get(owner) != ids(first + place):
+                self._ids[page] = content
+            elif self._ids.get(owner) != content:
                 owners[place] = page
 
     def forget(self, pages: Sequence[int]) -> list[float]:

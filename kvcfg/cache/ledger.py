@@ -180,19 +180,24 @@ class PageLedger:
         with self._lock:
             return self._steps.alloc(self._state(seq_id), num_new_tokens, lookahead)
 
-    def commit(self, seq_id: SeqId, num_tokens: int, *, num_drafts: int | None = None) -> Commit:
+    def commit(self, seq_id: SeqId, num_tokens: int, *, num_drafts: int | None = None, copied: bool = False) -> Commit:
         """Count tokens as stored: the length advances, pages that are full and final close.
 
         Args:
             seq_id: a claimed sequence.
             num_tokens: tokens written since the last commit.
             num_drafts: how many of the last tokens `truncate` may take back; None = the ledger's num_draft_tokens.
+            copied: whether they were not computed but copied from elsewhere; then they count as cached.
 
         Raises:
             ValueError: if the sequence is unknown, or has no slots or ids for as many tokens.
         """
         with self._lock:
-            return self._steps.commit([self._state(seq_id)], num_tokens, num_drafts)
+            done = self._steps.commit([self._state(seq_id)], num_tokens, num_drafts)
+            if copied:
+                self._counters.input_tokens -= num_tokens
+                self._counters.cache_tokens += num_tokens
+            return done
 
     def alloc_batch(
         self,
@@ -282,14 +287,26 @@ class PageLedger:
             ValueError: if the name is in use or the sequence unknown.
         """
         with self._lock:
-            if name in self._pins:
-                raise ValueError(f"pin {name!r} is in use; unpin it first")
+            self._check_pin(name)
             state = self._state(seq_id)
             held = [item.pages[: max(state.closed - item.first, 0)] for item in state.pages]
-            for track, pages in zip(self._tracks.all, held, strict=True):
-                track.hold(pages)
-            self._pins[name] = held
-            return sum(len(pages) for pages in held)
+            return sum(len(pages) for pages in self._hold(name, held))
+
+    def lend(self, name: Hashable, page_names: Sequence[Hashable]) -> tuple[int, ...]:
+        """Pin the pages of the longest run of these names, so that another replica can copy them, until `unpin(name)`.
+
+        Nothing is lent where windows would need pages of their own.
+
+        Returns:
+            Their ids, the same in every growing group.
+
+        Raises:
+            ValueError: if the name is in use.
+        """
+        with self._lock:
+            self._check_pin(name)
+            held = [list[int]() if self._tracks.windowed else track.index.run(page_names) for track in self._tracks.all]
+            return tuple(self._hold(name, held)[0]) if held else ()
 
     def unpin(self, name: Hashable) -> None:
         """Let go of pinned pages.
@@ -317,6 +334,11 @@ class PageLedger:
         """Tokens of a sequence that are stored."""
         with self._lock:
             return self._state(seq_id).length
+
+    def page_names(self, seq_id: SeqId, num_new_tokens: int) -> tuple[Hashable, ...]:
+        """Names of the pages, after those stored in full, that `alloc` of as many tokens would look for."""
+        with self._lock:
+            return self._steps.open_names(self._state(seq_id), num_new_tokens)
 
     def page_table(self, seq_id: SeqId, group: int = 0) -> PageTable:
         """Pages of a sequence in one group; none for shared and linear groups."""
@@ -380,3 +402,13 @@ class PageLedger:
     def _check_unused(self, seq_id: SeqId) -> None:
         if seq_id in self._steps.sequences:
             raise ValueError(f"sequence {seq_id!r} is claimed already; release it first")
+
+    def _check_pin(self, name: Hashable) -> None:
+        if name in self._pins:
+            raise ValueError(f"pin {name!r} is in use; unpin it first")
+
+    def _hold(self, name: Hashable, held: list[list[int]]) -> list[list[int]]:
+        for track, pages in zip(self._tracks.all, held, strict=True):
+            track.hold(pages)
+        self._pins[name] = held
+        return held

@@ -22,12 +22,14 @@ class PagePool:
 
     Attributes:
         num_free: pages without a reference.
+        weighs: whether the eviction policy wants to be told by `cached` and `hit`.
     """
 
     def __init__(self, num_pages: int, keys: Sequence[Hashable | None], eviction: str = "lru") -> None:
         self.num_pages = self.num_free = num_pages
         self._state = [0] * num_pages
         self._order: FreeOrder = POLICIES.load(eviction)(self._state, keys)
+        self.weighs = self._order.weighs
         self._unused = 0  # pages from here on were never handed out
         self._ticket = 0
 
@@ -47,8 +49,9 @@ class PagePool:
         if len(pages) < count:
             pages += self._order.take(count - len(pages))
         self.num_free -= count
+        state = self._state
         for page in pages:
-            self._state[page] = 1
+            state[page] = 1
         return pages
 
     def hold(self, pages: Iterable[int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import repeat
 
 from kvcfg.cache.pages import Allocation, Commit, Forecast, PageCopy, PageRun, SeqId
@@ -81,7 +81,7 @@ class LedgerSteps:
     def commit(self, states: list[SequenceState], num_tokens: int, num_drafts: int | None) -> Commit:
         """Count tokens as stored for several sequences, or for none; close what is final."""
         drafts = self._drafts if num_drafts is None else num_drafts
-        size, windowed, commits = self.page_size, self.tracks.windowed, list[Commit]()
+        size, windowed, closing = self.page_size, self.tracks.windowed, list[SequenceState]()
         for state in states:
             length = state.length + num_tokens
             if length > state.capacity or windowed or (state.ids is not None and length > len(state.ids)):
@@ -91,8 +91,8 @@ class LedgerSteps:
             if length - drafts > state.final:
                 state.final = length - drafts
                 if windowed or state.final >= (state.closed + 1) * size:
-                    commits.append(self._close(state))
-        return _joined(commits)
+                    closing.append(state)
+        return self.tracks.close(closing, self._hasher, self._clock()) if closing else _NOTHING
 
     def truncate(self, state: SequenceState, length: int) -> None:
         """Take back tokens that nobody else relies on."""
@@ -129,14 +129,24 @@ class LedgerSteps:
         fits = self.tracks.lacking([(state, plans)]) is None
         return Forecast(max(0, hit_end * self.page_size - state.length), sum(pages), fits)
 
+    def open_names(self, state: SequenceState, num_new_tokens: int) -> tuple[Hashable, ...]:
+        """Names of pages beyond those that are stored in full, as far as alloc would look for them."""
+        return tuple(self._wanted(state, state.length + num_new_tokens)[state.length // self.page_size :])
+
+    def _wanted(self, state: SequenceState, target: int) -> Sequence[Hashable]:
+        """Names of the sequence's pages that may be found on the way to `target` tokens; the last one is computed."""
+        if self._hasher is None:
+            return ()
+        limit = (target if state.root is None else target - 1) // self.page_size
+        return state.named(limit, self._hasher)
+
     def _plan(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> tuple[int, list[PagePlan]]:
         if num_new_tokens < 0 or lookahead < 0:
             raise ValueError(f"cannot make room for {num_new_tokens} tokens and {lookahead} slots")
         target = state.length + num_new_tokens
         hit_end, hits = state.closed, self.tracks.no_hits
-        if self._hasher is not None and num_new_tokens > 1:
-            limit = (target if state.root is None else target - 1) // self.page_size
-            hit_end, hits = self.tracks.find(state, state.named(limit, self._hasher), limit)
+        if num_new_tokens > 1 and (names := self._wanted(state, target)):
+            hit_end, hits = self.tracks.find(state, names)
         return hit_end, self._plan_to(state, target, lookahead, hit_end, hits)
 
     def _plan_to(
@@ -169,18 +179,3 @@ class LedgerSteps:
             raise ValueError(f"{cannot}: ids of {len(state.ids)} are known; extend it first")
         if not self.tracks.sees(state, max(state.final, length - drafts), length):
             raise ValueError(f"{cannot}: a windowed group stored only what is seen after all that was allocated")
-
-    def _close(self, state: SequenceState) -> Commit:
-        end = state.final // self.page_size
-        names = () if self._hasher is None else state.named(end, self._hasher)
-        return self.tracks.close(state, end, names, self._clock())
-
-
-def _joined(commits: list[Commit]) -> Commit:
-    if len(commits) < 2:
-        return commits[0] if commits else _NOTHING
-    return Commit(
-        tuple([run for commit in commits for run in commit.closed]),
-        tuple([run for commit in commits for run in commit.moved]),
-        tuple([run for commit in commits for run in commit.dropped]),
-    )

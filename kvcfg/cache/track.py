@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 from kvcfg.cache.index import PageIds, PrefixIndex
@@ -35,12 +36,31 @@ class PagePlan(NamedTuple):
     dropped: list[int]
 
 
+class Closing(NamedTuple):
+    """A sequence whose pages up to index `end` are to be closed, and the names of its pages, as far as known."""
+
+    sequence: SequenceState
+    held: SequencePages
+    end: int
+    names: Sequence[Hashable]
+
+
 class Closed(NamedTuple):
     """Pages that were closed: from index `first` on these, of which (index, page) in `moved` took another's place."""
 
     first: int
     pages: list[int]
     moved: list[tuple[int, int]]
+
+
+class _Span(NamedTuple):
+    """Pages that are closing, from index `first` on; of those that get a name the ids, names and token ids."""
+
+    first: int
+    all_pages: list[int]
+    pages: list[int]
+    names: Sequence[Hashable]
+    contents: Sequence[bytes]
 
 
 class PageTrack:
@@ -149,8 +169,9 @@ class PageTrack:
     def give_up(self, plan: PagePlan) -> None:
         """First half of a plan that fits: take hold of hits, let go of dropped pages."""
         if plan.hits:
-            self.hold(plan.hits)
-            self.pool.hit(plan.hits)
+            self.evictable -= self.pool.hold(plan.hits)
+            if self.pool.weighs:
+                self.pool.hit(plan.hits)
         if plan.dropped:
             self.drop(plan.dropped[::-1])
 
@@ -170,60 +191,77 @@ class PageTrack:
     def take(self, count: int, counters: LedgerCounters, now: float) -> list[int]:
         """New pages with one reference; what they held is forgotten. As many must be free."""
         pages = self.pool.take(count)
-        births = self.index.forget(pages)
+        births = self.index.forget(pages) if pages else None
         if births:
             self.evictable -= len(births)
             counters.evicted(births, now)
         return pages
 
     def hold(self, pages: list[int]) -> None:
-        """Add a reference to pages that are cached or in use."""
+        """Add a reference to pages that are cached or in use, each named once."""
         self.evictable -= self.pool.hold(self.stored(pages))
 
     def drop(self, pages: list[int]) -> None:
         """Take away a reference; those without one wait, the first of them first, to be handed out."""
-        freed = self.pool.drop(self.stored(pages))
-        self.evictable += len(freed) - list(map(self.index.keys.__getitem__, freed)).count(None)
+        freed = self.pool.drop(self.stored(pages) if self.windowed else pages)
+        keys = self.index.keys
+        self.evictable += len(freed) - [keys[page] for page in freed].count(None)
 
-    def close(
-        self, sequence: SequenceState, held: SequencePages, end: int, names: Sequence[Hashable], now: float
-    ) -> Closed:
-        """Give the sequence's pages from its closed ones up to index `end` their names, as far as those are known.
+    def close(self, closing: list[Closing], now: float) -> list[Closed]:
+        """Give the pages of some sequences, from their closed ones up to an end, the names that are known for them.
 
-        Where a page of that name is cached already, the sequence goes on with that one and drops its own.
+        Where a page of that name is cached already, a sequence goes on with that one and drops its own.
         """
-        first = max(sequence.closed, held.first)
-        start, stop = first - held.first, end - held.first
-        pages = held.pages[start:stop]
-        known = len(names) - first
-        if known <= 0:
-            return Closed(first, pages, [])
-        ids = sequence.page_ids()
-        if self.null_page in pages:
-            owners = [
-                page if page == self.null_page else self.index.name([page], [names[place]], now, place, ids)[0]
-                for place, page in enumerate(pages[:known], first)
-            ]
-        else:
-            owners = self.index.name(pages[:known], names[first:end], now, first, ids)
-        if owners == pages[:known]:
-            self.pool.cached(self.stored(owners), sequence.priority)
-            return Closed(first, pages, [])
-        return self._adopt(sequence, held, first, pages, owners)
+        spans = [self._span(item) for item in closing]
+        pages = list(chain.from_iterable([span.pages for span in spans]))
+        names = list(chain.from_iterable([span.names for span in spans]))
+        contents = list(chain.from_iterable([span.contents for span in spans])) if self.index.verifies else None
+        owners = self.index.name(pages, names, now, contents)
+        if owners == pages:
+            if self.pool.weighs:
+                for item, span in zip(closing, spans, strict=True):
+                    self.pool.cached(span.pages, item.sequence.priority)
+            return [Closed(span.first, span.all_pages, []) for span in spans]
+        rest = iter(owners)
+        return [
+            self._adopt(item, span, list(islice(rest, len(span.pages))))
+            for item, span in zip(closing, spans, strict=True)
+        ]
 
-    def _adopt(
-        self, sequence: SequenceState, held: SequencePages, first: int, pages: list[int], owners: list[int]
-    ) -> Closed:
-        own = [page for page, owner in zip(pages, owners, strict=False) if page == owner]
-        self.pool.cached(self.stored(own), sequence.priority)
-        moved = []
-        for place, (page, owner) in enumerate(zip(pages, owners, strict=False), first):
+    def _span(self, item: Closing) -> _Span:
+        sequence, held, end, names = item
+        first = max(sequence.closed, held.first)
+        pages = held.pages[first - held.first : end - held.first]
+        if not self.windowed and not self.index.verifies:
+            known = names[first:end]
+            return _Span(first, pages, pages[: len(known)], known, ())
+        places = [
+            place for place, page in enumerate(pages[: max(len(names) - first, 0)], first) if page != self.null_page
+        ]
+        ids = sequence.page_ids()
+        return _Span(
+            first,
+            pages,
+            [pages[place - first] for place in places],
+            [names[place] for place in places],
+            [b"" if ids is None else ids(place) for place in places] if self.index.verifies else (),
+        )
+
+    def _adopt(self, item: Closing, span: _Span, owners: list[int]) -> Closed:
+        """Go on with the owners of names where those are other pages."""
+        self.pool.cached(
+            [page for page, owner in zip(span.pages, owners, strict=True) if page == owner], item.sequence.priority
+        )
+        pages, moved = span.all_pages, []
+        for page, owner in zip(span.pages, owners, strict=True):
             if owner != page:
                 self.hold([owner])
                 self.drop([page])
-                held.pages[place - held.first] = owner
-                moved.append((place, owner))
-        return Closed(first, owners + pages[len(owners) :], moved)
+                place = pages.index(page)
+                pages[place] = owner
+                item.held.pages[span.first - item.held.first + place] = owner
+                moved.append((span.first + place, owner))
+        return Closed(span.first, pages, moved)
 
     def drop_unseen(self, held: SequencePages, position: int) -> tuple[int, list[int]]:
         """Give up pages that no query from `position` on can see; the index of the first one, and the pages."""

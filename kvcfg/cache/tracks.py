@@ -7,9 +7,10 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from kvcfg.cache.metrics import LedgerCounters
 from kvcfg.cache.pages import GROWING, WINDOWED, Commit, PageCopy, PageGroup, PageRun
+from kvcfg.cache.prefix import PageHasher
 from kvcfg.cache.refusal import Shortage
 from kvcfg.cache.sequence import SequencePages, SequenceState
-from kvcfg.cache.track import PagePlan, PageTrack
+from kvcfg.cache.track import Closing, PagePlan, PageTrack
 from kvcfg.units import ceil_div
 
 Changes = list[tuple[SequenceState, list[PagePlan]]]
@@ -46,32 +47,34 @@ class PageTracks:
         self.all = [
             PageTrack(places, groups[places[0]], pages, page_size, eviction, verify) for places, pages in shares
         ]
+        self._verifies = verify
         self.windowed = any(track.windowed for track in self.all)
         self.no_hits: list[list[int]] = [[] for _ in self.all]
         self.of_group = {place: number for number, track in enumerate(self.all) for place in track.groups}
 
-    def find(self, state: SequenceState, names: Sequence[Hashable], limit: int) -> tuple[int, list[list[int]]]:
+    def find(self, state: SequenceState, names: Sequence[Hashable]) -> tuple[int, list[list[int]]]:
         """The longest prefix after which a sequence can go on in every pool.
 
         Args:
             state: the sequence.
-            names: names of its pages from its start.
-            limit: the most pages that may be found.
+            names: names of those of its pages, from its start, that may be found.
 
         Returns:
             Index of the page after the last hit (the closed pages if there is none), and per pool the cached
             pages up to there.
         """
-        start, ids = state.closed, state.page_ids()
-        end, run = min(limit, len(names)), list[int]()
+        start, ids = state.closed, state.page_ids() if self._verifies else None
+        end, run = len(names), list[int]()
         for track in self.all:
             if not track.windowed and end > start:
-                run = track.index.run(names[start:end], start, ids)
+                run = track.index.run(names[start:] if start else names, start, ids)
                 end = start + len(run)
         if self.windowed:
             end = self._agreed(state, names, start, end)
         if end <= start or end * self.page_size <= state.length:
             return start, self.no_hits
+        if not self.windowed:
+            return end, [run]
         return end, [
             track.index.run(names[max(start, track.first_visible(end * self.page_size)) : end])
             if track.windowed
@@ -156,21 +159,27 @@ class PageTracks:
             state.measure()
         return tuple(runs)
 
-    def close(self, state: SequenceState, end: int, names: Sequence[Hashable], now: float) -> Commit:
-        """Close the pages of a sequence up to index `end`, and let go of those that fell out of sight."""
+    def close(self, states: list[SequenceState], hasher: PageHasher | None, now: float) -> Commit:
+        """Close the pages of sequences that are full and final, and let go of those that fell out of sight."""
         closed, moved, dropped = list[PageRun](), list[PageRun](), list[PageRun]()
-        for track, held in zip(self.all, state.pages, strict=True):
-            first, pages, swapped = track.close(state, held, end, names, now)
-            if pages:
-                closed += _runs(state, track, first, pages)
-            for place, page in swapped:
-                moved += _runs(state, track, place, [page])
-        state.closed = max(state.closed, end)
-        for track, held in zip(self.all, state.pages, strict=True):
-            if track.windowed:
-                first, pages = track.drop_unseen(held, state.final)
+        ends = [state.final // self.page_size for state in states]
+        names = [() if hasher is None else state.named(end, hasher) for state, end in zip(states, ends, strict=True)]
+        for number, track in enumerate(self.all):
+            closing = [
+                Closing(state, state.pages[number], end, known)
+                for state, end, known in zip(states, ends, names, strict=True)
+            ]
+            for state, (first, pages, swapped) in zip(states, track.close(closing, now), strict=True):
                 if pages:
-                    dropped += _runs(state, track, first, pages)
+                    closed += _runs(state, track, first, pages)
+                for place, page in swapped:
+                    moved += _runs(state, track, place, [page])
+                if track.windowed:
+                    first, pages = track.drop_unseen(state.pages[number], state.final)
+                    if pages:
+                        dropped += _runs(state, track, first, pages)
+        for state, end in zip(states, ends, strict=True):
+            state.closed = end
         return Commit(tuple(closed), tuple(moved), tuple(dropped))
 
     def sees(self, state: SequenceState, position: int, length: int) -> bool:
@@ -246,6 +255,6 @@ class PageTracks:
                     assert track.index.keys[page] is None, f"open page {page} of {state.seq_id!r} can be found"
 
 
-def _runs(state: SequenceState, track: PageTrack, first: int, pages: Iterable[int]) -> list[PageRun]:
+def _runs(state: SequenceState, track: PageTrack, first: int, pages: list[int]) -> list[PageRun]:
     held = tuple(pages)
     return [PageRun(state.seq_id, group, first, held) for group in track.groups]

@@ -11,6 +11,7 @@ carries the result alone.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,12 +24,16 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 a run failed, 2 nothing was run."""
     try:
-        arguments = read_arguments(sys.argv[1:] if argv is None else argv)
-        return _run(arguments)
+        code = _run(read_arguments(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         return _say(error, 2)
     except KvcfgError as error:
         return _say(error, 1)
+    except BrokenPipeError:  # whoever read stdout, like `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return _say("interrupted", 130)
 

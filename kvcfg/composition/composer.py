@@ -183,11 +183,13 @@ class Composer:
             return Problem(f"~{key}", "cannot be left out; null unsets what may be unset", fix=f"{key}=null")
         if choices := self.choices(key):
             usual = self._load([])[1].get(key)
-            return Problem(key, one_of(choices), value, f"{key}={nearest(value, choices) or usual or 'null'}")
+            return Problem(key, one_of(choices), value, f"{key}={nearest(value, choices) or usual or choices[0]}")
         if any(isinstance(cause, ConfigKeyError | AttributeError) for cause in causes):
             return self._no_such_key(key, value)
         if any(isinstance(cause, OmegaConfBaseException) for cause in causes):
             return refusal(self.root, key, value)
+        if isinstance(causes[-1], AssertionError):
+            return Problem(key, f"cannot be set: {key.rpartition('.')[0]} is null", value)
         return Problem(key, _first_line(causes[-1]), value)
 
     def _no_such_key(self, key: str, value: Any) -> Problem:

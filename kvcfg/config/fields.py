@@ -72,7 +72,8 @@ def accepted(field: FieldInfo) -> Accepted:
     kind = kinds[0] if kinds else str
     if choices := _choices(kind):
         names = dict.fromkeys([show(item) for item in choices] + ["null"] * nullable)
-        return Accepted(one_of(list(names)), choices, nullable=nullable, default=written_default(field))
+        rule = one_of(list(names)) if kind is not bool else one_of(list(names)).replace("one of ", "")
+        return Accepted(rule, choices, nullable=nullable, default=written_default(field))
     rule, number, low, high = _in_words(kind, bounds)
     rule = f"{rule} or null" if nullable else rule
     return Accepted(rule, (), number, low, high, nullable, written_default(field))
@@ -145,9 +146,7 @@ def _in_words(kind: Any, bounds: Mapping[str, float]) -> tuple[str, type | None,
     if kind in (int, float):
         rule, low, high = _range(kind, bounds)
         return rule, kind, low, high
-    if kind is bool:
-        rule = "must be true or false"
-    elif get_origin(kind) in (list, tuple, set, frozenset):
+    if get_origin(kind) in (list, tuple, set, frozenset):
         rule = "must be a list, like [a,b]"
     elif isinstance(kind, type) and issubclass(kind, BaseModel):
         rule = f"must be a section with {', '.join(kind.model_fields)}"
@@ -185,6 +184,8 @@ def _constraints(metadata: Sequence[Any]) -> Iterator[Any]:
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:
+    if kind is bool:
+        return (True, False)
     if get_origin(kind) is Literal:
         return get_args(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from kvcfg.config import rules
 from kvcfg.config.experiment import ExperimentConfig
-from kvcfg.config.fields import NOTHING, Path, accepted, deepest, field_at, path_of, section_in
+from kvcfg.config.fields import NOTHING, Path, accepted, deepest, field_at, path_of, section_in, takes_null
 from kvcfg.errors import ConfigError, Problem, nearest, show
 
 
@@ -101,16 +101,33 @@ def _check_group(name: str, model: type[BaseModel], data: Any) -> _Group:
         return _Group(model.model_validate(data), [], set())
     except ValidationError as error:
         problems = list(_told(ExperimentConfig, error, name))
+        is_about_the_whole = any(not item["loc"] for item in error.errors())
     refused = {problem.key for problem in problems}
-    given = data if isinstance(data, Mapping) else {}
-    kept = {key: value for key, value in given.items() if not _touches(f"{name}.{key}", refused)}
+    stand_in = data
+    for key in refused:
+        stand_in = _with_default(model, stand_in, key.split(".")[1:])
     value: Any
     try:
-        value = model.model_validate(kept)
+        value = model.model_validate(stand_in)
     except ValidationError as error:
-        problems += [item for item in _told(ExperimentConfig, error, name) if not _mentions(item, refused)]
+        if not is_about_the_whole:  # a check of the whole group runs only once all single values are right
+            problems += [item for item in _told(ExperimentConfig, error, name) if not _mentions(item, refused)]
         value, refused = model(), {name}
     return _Group(value, problems, refused)
+
+
+def _with_default(model: type[BaseModel], data: Any, path: Sequence[str]) -> Any:
+    """A copy of a group's data with the default in the place of one value, or of the list that it is in."""
+    field = model.model_fields.get(path[0]) if path else None
+    if not isinstance(data, Mapping) or not path:
+        return {}
+    kept = {key: value for key, value in data.items() if key != path[0]}
+    inner = None if field is None else section_in(field.annotation)
+    if inner is not None and len(path) > 1:
+        return kept | {path[0]: _with_default(inner, data.get(path[0]), path[1:])}
+    if field is None or field.is_required():
+        return kept
+    return kept | {path[0]: field.get_default(call_default_factory=True)}
 
 
 def _told(model: type[BaseModel], error: ValidationError, *places: str) -> Iterator[Problem]:
@@ -128,9 +145,9 @@ def _translate(model: type[BaseModel], loc: Path, error: Any) -> Iterator[Proble
     raised = context.get("error")
     key, value = ".".join(str(part) for part in loc), error["input"]
     if error["type"] == "kvcfg":
-        yield from _placed(context["problems"], loc)
+        yield from _placed(model, context["problems"], loc)
     elif isinstance(raised, ConfigError):
-        yield from _placed(raised.problems, loc)
+        yield from _placed(model, raised.problems, loc)
     elif error["type"] == "extra_forbidden":
         yield unknown_key(model, key, value)
     elif error["type"] == "missing":
@@ -141,7 +158,7 @@ def _translate(model: type[BaseModel], loc: Path, error: Any) -> Iterator[Proble
         yield refusal(model, key, value)
 
 
-def _placed(problems: Sequence[Problem], loc: Path) -> Iterator[Problem]:
+def _placed(model: type[BaseModel], problems: Sequence[Problem], loc: Path) -> Iterator[Problem]:
     """Problems whose keys are relative to the place where they were raised, with their full keys."""
     places = [str(part) for part in loc]
 
@@ -151,9 +168,18 @@ def _placed(problems: Sequence[Problem], loc: Path) -> Iterator[Problem]:
         return ".".join([*places, *parts[overlap:]])
 
     for problem in problems:
-        key, equals, value = (problem.fix or "").partition("=")
-        fix = f"{full(key)}={value}" if equals else problem.fix
-        yield Problem(full(problem.key), problem.rule, problem.value, fix)
+        place, fix = full(problem.key), problem.fix
+        if fix is not None and "=" in fix:
+            key, _, value = fix.partition("=")
+            fix = f"{full(key)}={value}"
+        elif fix is None and problem.value is not None and _may_be_null(model, place):
+            fix = f"{place}=null"
+        yield Problem(place, problem.rule, problem.value, fix)
+
+
+def _may_be_null(model: type[BaseModel], key: str) -> bool:
+    field = field_at(model, path_of(key))
+    return field is not None and takes_null(field.annotation)
 
 
 def _elsewhere(model: type[BaseModel], leaf: str, *, nearly: bool = False) -> str | None:
@@ -169,10 +195,6 @@ def _elsewhere(model: type[BaseModel], leaf: str, *, nearly: bool = False) -> st
 
 def _override(key: str, value: Any) -> str | None:
     return None if value is NOTHING else f"{key}={show(value)}"
-
-
-def _touches(key: str, refused: Collection[str]) -> bool:
-    return any(item == key or item.startswith(f"{key}.") for item in refused)
 
 
 def _mentions(problem: Problem, refused: Collection[str]) -> bool:

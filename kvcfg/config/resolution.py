@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvcfg.config.devices import DevicesConfig, detect
 from kvcfg.config.model import LayerGroup
 from kvcfg.dtypes import DType
+from kvcfg.errors import ConfigError
 from kvcfg.formats import FORMATS, Format, Recipe
 from kvcfg.params import KVCacheParams, KVCacheQuantizationConfig, MultiKVCacheParams
 
@@ -44,7 +45,10 @@ class Resolution:
 
 def resolve(experiment: ExperimentConfig) -> Resolution:
     """Resolve every open value of a validated experiment; reads this machine only for `devices=auto` and `cpu`."""
-    devices = detect(experiment.devices)
+    try:
+        devices = detect(experiment.devices)
+    except ConfigError as error:
+        raise error.under("devices") from None
     recipe = resolve_recipe(experiment)
     max_seq_len = experiment.workload.max_seq_len or experiment.model.max_seq_len
     groups = [

@@ -113,7 +113,7 @@ def blocks_have_a_size(experiment: ExperimentConfig) -> Iterator[Problem]:
         yield Problem(key, "must be given for granularity=block: numbers that share a scale", None, f"{key}={size}")
     if asked.granularity != "block" and asked.quantization_granularity is not None:
         rule = f"must be null unless quantization.granularity=block (it is {asked.granularity or 'null'})"
-        yield Problem(key, rule, asked.quantization_granularity, "quantization.granularity=block")
+        yield Problem(key, rule, asked.quantization_granularity, f"{key}=null")
 
 
 @_rule("quantization.granularity", "quantization.quantization_granularity", "model.layer_groups")

@@ -61,7 +61,7 @@ def nulls(model: type[BaseModel]) -> type:
     for name, info in model.model_fields.items():
         inner = section_in(info.annotation)
         section = nulls(inner) if inner else None
-        kind = section or Optional[_leaf(info)]  # noqa: UP045 (a runtime type)
+        kind: Any = Optional[section or _leaf(info)]  # noqa: UP045 (a runtime type)
         columns.append((name, kind, field(default_factory=section) if section else field(default=None)))
     return make_dataclass(f"Optional{model.__name__}", columns, kw_only=True)
 
@@ -86,7 +86,7 @@ def _section(info: FieldInfo | None, value: Any) -> Any:
 def _column(info: FieldInfo) -> tuple[Any, Any]:
     inner = section_in(info.annotation)
     if inner is not None and takes_null(info.annotation):
-        return nulls(inner), field(default_factory=nulls(inner))
+        return Optional[nulls(inner)], field(default_factory=nulls(inner))  # noqa: UP045 (a runtime type)
     if inner is not None:
         return structured(inner), field(default_factory=structured(inner))
     kind: Any = Optional[_leaf(info)]  # noqa: UP045 (a runtime type)

@@ -170,15 +170,14 @@ def test_ids_are_copied() -> None:
 
 def test_verified_names_are_believed_only_with_the_right_ids() -> None:
     index = PrefixIndex(4, verify=True)
-    content = {0: b"zero", 1: b"one"}.__getitem__
-    assert index.name([2, 3], ["a", "b"], 0.0, 0, content) == [2, 3]
-    assert index.run(["a", "b"], 0, content) == [2, 3]
+    assert index.name([2, 3], ["a", "b"], 0.0, [b"zero", b"one"]) == [2, 3]
+    assert index.run(["a", "b"], 0, {0: b"zero", 1: b"one"}.__getitem__) == [2, 3]
     assert index.run(["a", "b"], 0, {0: b"zero", 1: b"uno"}.__getitem__) == [2]
 
 
 def test_under_a_collision_the_newcomer_keeps_its_own_page() -> None:
     index = PrefixIndex(4, verify=True)
-    index.name([2], ["a"], 0.0, 0, lambda page: b"first")
-    assert index.name([3], ["a"], 0.0, 0, lambda page: b"second") == [3]
+    index.name([2], ["a"], 0.0, [b"first"])
+    assert index.name([3], ["a"], 0.0, [b"second"]) == [3]
     assert index.run(["a"], 0, lambda page: b"second") == []
     index.check_integrity()

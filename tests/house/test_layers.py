@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "kvcfg").rglob("*.py"))
 
 LAYERS = (
-    {"kvcfg.cli", "kvcfg.scripts", "kvcfg"},
+    {"kvcfg.cli", "kvcfg.scripts", "kvcfg.__main__", "kvcfg"},
     {"kvcfg.evaluation"},
     {"kvcfg.results", "kvcfg.integrations"},
     {"kvcfg.cache"},

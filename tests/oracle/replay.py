@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the kvcfg of this checkout
 
+import traces
 from answers import RAISED, REFUSALS, answer, same_cpus
 from conditions import MISSING, Difference
 from differences import explain
@@ -67,6 +68,8 @@ def read(files: list[str]) -> Iterator[dict[str, Any]]:
 
 def judge(record: Mapping[str, Any]) -> Verdict:
     """Ask kvcfg the record's question and compare."""
+    if record["kind"] == "manager_trace":
+        return Verdict(*traces.replay(record))
     same_values = 0
     try:
         ours = answer(record)

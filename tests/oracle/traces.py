@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from differences import Difference
+from conditions import Difference
 
 from kvcfg.cache.ledger import PageLedger
+from kvcfg.cache.replicas import borrow, settle
 from kvcfg.errors import CapacityError
 from kvcfg.sizing import RequestSlots
 from kvcfg.units import ceil_div
@@ -27,19 +28,27 @@ State = dict[str, Any]
 ERRORS = {CapacityError: "InsufficientBlocksError", ValueError: "ValueError"}
 
 
-def replay(record: Mapping[str, Any]) -> tuple[str, list[Difference]]:
-    """The verdict on a trace ("same", "better: 26, 29" or "different"), and the differences nothing explains."""
-    reasons, unexplained = compare(record, own_slot=False)
-    if unexplained and record["inputs"].get("num_draft_tokens") == 1:
-        reasons, others = compare(record, own_slot=True)
-        reasons, unexplained = reasons | {"25"}, others and unexplained
-    if unexplained:
-        return "different", unexplained
-    return (f"better: {', '.join(sorted(reasons))}" if reasons else "same"), []
+class Outcome(NamedTuple):
+    """What became of a trace: "same", "better: 26, 29" or "different"; how many values agree, and which do not."""
+
+    name: str
+    same_values: int
+    unexplained: tuple[Difference, ...]
 
 
-def compare(record: Mapping[str, Any], *, own_slot: bool) -> tuple[set[str], list[Difference]]:
-    """The faults that show in a trace, and all other differences.
+def replay(record: Mapping[str, Any]) -> Outcome:
+    """Play a recorded trace and compare every state."""
+    outcome = compare(record, own_slot=False)
+    if outcome.unexplained and record["inputs"].get("num_draft_tokens") == 1:
+        generous = compare(record, own_slot=True)
+        if not generous.unexplained:
+            reasons = {"25", *generous.name.removeprefix("better: ").split(", ")} - {"same"}
+            return generous._replace(name=f"better: {', '.join(sorted(reasons))}")
+    return outcome
+
+
+def compare(record: Mapping[str, Any], *, own_slot: bool) -> Outcome:
+    """Play a trace.
 
     Args:
         record: the trace.
@@ -47,18 +56,32 @@ def compare(record: Mapping[str, Any], *, own_slot: bool) -> tuple[set[str], lis
     """
     game = Game(record["inputs"], is_new=record["max"].startswith("26.7"), own_slot=own_slot)
     reasons: set[str] = set()
-    unexplained = []
+    same_values, unexplained = 0, []
     steps = zip(record["inputs"]["ops"], record["outputs"]["states"], strict=True)
     for number, (operation, theirs) in enumerate(steps):
         ours = game.play(operation)
         if game.spliced(operation, theirs):
-            return reasons | {"26"}, unexplained
-        for path, left, right in differing(theirs, ours):
+            reasons.add("26")
+            break
+        found = list(differing(theirs, ours))
+        same_values += sum(1 for _ in values(theirs)) - len(found)
+        for path, left, right in found:
             if path == "input_tokens" and left == game.counted_again:
                 reasons.add("29")
             else:
                 unexplained.append(Difference(record, f"{number}.{operation['op']}.{path}", left, right))
-    return reasons, unexplained
+    if unexplained:
+        return Outcome("different", same_values, tuple(unexplained))
+    return Outcome(f"better: {', '.join(sorted(reasons))}" if reasons else "same", same_values, ())
+
+
+def values(state: Any) -> Iterator[Any]:
+    """All single values of a state."""
+    if isinstance(state, dict | list):
+        for item in state.values() if isinstance(state, dict) else state:
+            yield from values(item)
+    else:
+        yield state
 
 
 def differing(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -181,9 +204,22 @@ class Game:
         request.refused = True
         allocation = ledger.alloc(name, end - before, lookahead=slots - end)
         request.refused = False
+        if self.is_new and (borrowed := self.borrow(name, request.replica, end - allocation.length)):
+            found += borrowed
+            self.counted_again -= borrowed
+            allocation = allocation._replace(length=allocation.length + borrowed)
         if found:
             request.cached_prefix = found
             request.processed, request.active = allocation.length, end - allocation.length
+
+    def borrow(self, name: str, replica: int, num_new_tokens: int) -> int:
+        """Tokens that 26.7 copies from another replica."""
+        ledger = self.ledgers[replica]
+        loan = borrow(ledger, [peer for peer in self.ledgers if peer is not ledger], name, num_new_tokens)
+        if loan is None:
+            return 0
+        settle(ledger, loan)
+        return loan.num_tokens
 
     def do_chunk(self, names: list[str], n: int) -> None:
         """Only the next n tokens are for the coming step."""
@@ -251,6 +287,12 @@ class Game:
         request = self.requests[names[0]]
         self.ledgers[request.replica].release(names[0])
         self.claimed.discard(names[0])
+
+    def do_reset_context(self, names: list[str]) -> None:
+        """The request starts over: all its tokens are a prompt."""
+        request = self.requests[names[0]]
+        request.processed, request.active = 0, len(request.tokens)
+        request.to_verify, request.maybe_accepted = [], []
 
     def do_reset_prefix_cache(self, names: list[str]) -> None:
         """Forget what is cached and unused."""

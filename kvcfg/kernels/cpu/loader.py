@@ -42,13 +42,13 @@ def load_kernel(name: str) -> ctypes.CDLL | None:
         if name not in _loaded:
             try:
                 _loaded[name] = _load(Path(__file__).with_name(f"{name}.cpp"))
-            except (OSError, subprocess.SubprocessError, _Unusable) as error:
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 _log.warning("kernel %s is not compiled, so the slower Python path is used: %s", name, _reason(error))
                 _loaded[name] = None
         return _loaded[name]
 
 
-class _Unusable(Exception):
+class _Unusable(RuntimeError):
     """Why there can be no compiled kernel here."""
 
 

@@ -1,0 +1,127 @@
+"""`kvcfg eval` without a model: what is skipped, what is shown, and what the gate refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcfg.cli import main, measured
+from kvcfg.composition import grid
+from kvcfg.evaluation.fingerprint import fingerprint
+from kvcfg.results.row import ResultRow
+from kvcfg.results.store import ResultStore
+
+FORMATS = ["cache.kv_cache_format=bfloat16,int8"]
+KL = {"bfloat16": 1e-5, "int8": 0.02}
+
+
+def rows(kl: dict[str, float] = KL) -> list[ResultRow]:
+    """One row for each format, as if it had been measured."""
+    made = []
+    for point in grid(FORMATS):
+        assert point.experiment is not None
+        name = str(point.experiment.cache.kv_cache_format)
+        made.append(row(name, kl[name], fingerprint(point.experiment), point.overrides))
+    return made
+
+
+def row(name: str, kl: float, identity: str, overrides: tuple[str, ...]) -> ResultRow:
+    known: dict[str, Any] = {field: 1.0 for field in ResultRow.__dataclass_fields__}
+    known |= {field: "x" for field in ("model", "device", "recipe", "text_sha", "created")}
+    known |= {"kl": kl, "kl_ci": (kl * 0.9, kl * 1.1), "format": name, "fingerprint": identity, "page_size": 128}
+    return ResultRow(**known | {"overrides": overrides, "config": {}, "versions": {}, "num_predictions": 63})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory where Hydra must not be started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvcfg.cli.hydra_app.run_app", lambda arguments: pytest.fail("something was measured"))
+    return tmp_path
+
+
+@pytest.fixture
+def finished(folder: Path) -> Path:
+    """The same with a row for every format."""
+    for made in rows():
+        ResultStore("results/rows.jsonl").append(made)
+    return folder
+
+
+def test_finished_points_are_shown_without_measuring(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *FORMATS, "-m"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("bfloat16") < shown.index("int8")
+
+
+def test_sweep_prints_a_json_list_in_the_order_of_the_grid(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "cache.kv_cache_format=int8,bfloat16", "-m", "output=json"]) == 0
+    assert [item["format"] for item in json.loads(capsys.readouterr().out)] == ["int8", "bfloat16"]
+
+
+def test_single_run_prints_one_json_object(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "cache.kv_cache_format=int8", "output=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "int8"
+
+
+def test_gate_refuses_a_row_in_one_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *FORMATS, "-m", "gate.max_kl=0.001"]) == 1
+    assert capsys.readouterr().err.splitlines() == ["kvcfg: int8 on x: KL 0.02 [0.018, 0.022] is above the gate 0.001"]
+
+
+def test_gate_lets_good_rows_pass(finished: Path) -> None:
+    assert main(["eval", *FORMATS, "-m", "gate.max_kl=0.1"]) == 0
+
+
+@pytest.mark.parametrize(("kl", "code"), [(0.02, 0), (0.019, 0), (0.01, 1)])
+def test_row_must_lie_within_the_interval_of_the_baseline(
+    finished: Path, capsys: pytest.CaptureFixture[str], kl: float, code: int
+) -> None:
+    (finished / "before.json").write_text(rows({"bfloat16": 0.0, "int8": kl})[1].to_json())
+    assert main(["eval", "cache.kv_cache_format=int8", "gate.baseline=before.json"]) == code
+    assert ("above the baseline's 0.01" in capsys.readouterr().err) == bool(code)
+
+
+def test_baseline_of_another_text_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = json.loads(rows()[1].to_json()) | {"text_sha": "another"}
+    (finished / "before.json").write_text(json.dumps(other))
+    assert main(["eval", "cache.kv_cache_format=int8", "gate.baseline=before.json"]) == 1
+    assert "text_sha another" in capsys.readouterr().err
+
+
+def test_baseline_that_is_not_there_is_told_before_anything_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "gate.baseline=nowhere.json"]) == 2
+    assert "gate.baseline=nowhere.json: must be the JSON of an earlier row" in capsys.readouterr().err
+
+
+def test_point_without_a_row_makes_the_run_fail(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvcfg.cli.hydra_app.run_app", lambda arguments: 0)
+    assert main(["eval", "cache.kv_cache_format=int8,float16", "-m"]) == 1
+    told = capsys.readouterr()
+    assert "int8" in told.out
+    assert "1 of 2 points could not be measured" in told.err
+
+
+@pytest.mark.parametrize(("force", "expected"), [("false", []), ("true", [()])])
+def test_job_measures_again_only_when_forced(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, force: str, expected: list[tuple[str, ...]]
+) -> None:
+    measured_with: list[Any] = []
+
+    def evaluate(experiment: Any, *, overrides: list[str]) -> ResultRow:
+        measured_with.append(tuple(item for item in overrides if "force" in item))
+        return rows()[1]
+
+    monkeypatch.setattr("kvcfg.evaluation.measure.evaluate", evaluate)
+    points = grid(["cache.kv_cache_format=int8", f"force={force}"], config_name="eval")
+    measured.evaluate_one(None, points)  # type: ignore[arg-type]
+    assert measured_with == expected
