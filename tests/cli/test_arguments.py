@@ -21,7 +21,9 @@ def test_folder_of_presets_is_read_in_every_spelling(argv: list[str]) -> None:
 
 def test_options_of_hydra_are_kept_with_their_values() -> None:
     argv = ["plan", "--cfg", "job", "-p", "cache", "--resolve", "cache=fp8"]
-    assert read_arguments(argv) == Arguments("plan", ("cache=fp8",), hydra_options=("--cfg", "job", "-p", "cache", "--resolve"))
+    assert read_arguments(argv) == Arguments(
+        "plan", ("cache=fp8",), hydra_options=("--cfg", "job", "-p", "cache", "--resolve")
+    )
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])

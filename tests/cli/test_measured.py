@@ -57,9 +57,7 @@ def test_finished_points_are_shown_without_measuring(finished: Path, capsys: pyt
     assert shown.index("bfloat16") < shown.index("int8")
 
 
-def test_sweep_prints_a_json_list_in_the_order_of_the_grid(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sweep_prints_a_json_list_in_the_order_of_the_grid(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "cache.kv_cache_format=int8,bfloat16", "-m", "output=json"]) == 0
     assert [item["format"] for item in json.loads(capsys.readouterr().out)] == ["int8", "bfloat16"]
 

@@ -60,7 +60,9 @@ def test_bad_item_of_a_list_is_told_once_with_its_index() -> None:
 
 
 def test_bad_item_of_a_list_does_not_make_the_model_look_for_another_source() -> None:
-    data = {"model": {"layer_groups": [{"kind": "full", "num_layers": 0, "head_dim": 64}], "id": "a/b", "package": None}}
+    data = {
+        "model": {"layer_groups": [{"kind": "full", "num_layers": 0, "head_dim": 64}], "id": "a/b", "package": None}
+    }
     assert keys_of(data) == ["model.layer_groups.0.num_layers"]
 
 
@@ -89,7 +91,9 @@ def test_unknown_key_that_is_near_nothing_has_no_fix() -> None:
 
 
 def test_missing_value_says_what_it_must_be() -> None:
-    assert missing(ExperimentConfig, "cache.kv_cache_page_size").rule.startswith("must be given; it must be a whole number")
+    assert missing(ExperimentConfig, "cache.kv_cache_page_size").rule.startswith(
+        "must be given; it must be a whole number"
+    )
 
 
 def test_refused_value_offers_the_nearest() -> None:
