@@ -95,12 +95,12 @@ class PageLedger:
             if value < least:
                 raise ConfigError(Problem(key, f"must be at least {least}", value))
         self.num_pages, self.page_size, self.groups = num_pages, page_size, tuple(groups)
-        caching = enable_prefix_caching and all(group.kind != "linear" for group in self.groups)
-        self._hasher = (hasher or PageHasher()) if caching else None
         self._counters = LedgerCounters()
         self._tracks = PageTracks(
             self.groups, num_pages, page_size, eviction, verify_tokens, reads_first, self._counters
         )
+        can_resume = bool(self._tracks.all) and all(group.kind != "linear" for group in self.groups)
+        self._hasher = (hasher or PageHasher()) if enable_prefix_caching and can_resume else None
         self._steps = LedgerSteps(self._tracks, self._hasher, num_draft_tokens, bytes_for_pages, clock)
         self._pins: dict[Hashable, list[list[int]]] = {}
         self._lock = Lock()

@@ -39,12 +39,8 @@ class LedgerSteps:
     ) -> None:
         self.tracks, self.counters, self.page_size = tracks, tracks.counters, tracks.page_size
         self.sequences: dict[SeqId, SequenceState] = {}
-        self._hasher, self._drafts, self._bytes_for_pages, self._clock = (
-            hasher,
-            num_draft_tokens,
-            bytes_for_pages,
-            clock,
-        )
+        self._hasher, self._drafts = hasher, num_draft_tokens
+        self._bytes_for_pages, self._clock = bytes_for_pages, clock
 
     def alloc(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> Allocation:
         """Find a prefix, then make room."""
@@ -62,6 +58,7 @@ class LedgerSteps:
         self, states: list[SequenceState], num_new_tokens: int, ids: array[int] | None, lookahead: int
     ) -> tuple[PageRun, ...]:
         """Make room for several sequences, or for none; then add an id to each."""
+        _check_counts(num_new_tokens, lookahead)
         reach = num_new_tokens + lookahead
         changes = []
         for state in states:
@@ -81,6 +78,7 @@ class LedgerSteps:
     def commit(self, states: list[SequenceState], num_tokens: int, num_drafts: int | None) -> Commit:
         """Count tokens as stored for several sequences, or for none; close what is final."""
         drafts = self._drafts if num_drafts is None else num_drafts
+        _check_counts(num_tokens, drafts)
         size, windowed, closing = self.page_size, self.tracks.windowed, list[SequenceState]()
         for state in states:
             length = state.length + num_tokens
@@ -141,8 +139,7 @@ class LedgerSteps:
         return state.named(limit, self._hasher)
 
     def _plan(self, state: SequenceState, num_new_tokens: int, lookahead: int) -> tuple[int, list[PagePlan]]:
-        if num_new_tokens < 0 or lookahead < 0:
-            raise ValueError(f"cannot make room for {num_new_tokens} tokens and {lookahead} slots")
+        _check_counts(num_new_tokens, lookahead)
         target = state.length + num_new_tokens
         hit_end, hits = state.closed, self.tracks.no_hits
         if num_new_tokens > 1 and (names := self._wanted(state, target)):
@@ -179,3 +176,8 @@ class LedgerSteps:
             raise ValueError(f"{cannot}: ids of {len(state.ids)} are known; extend it first")
         if not self.tracks.sees(state, max(state.final, length - drafts), length):
             raise ValueError(f"{cannot}: a windowed group stored only what is seen after all that was allocated")
+
+
+def _check_counts(num_tokens: int, num_drafts: int) -> None:
+    if num_tokens < 0 or num_drafts < 0:
+        raise ValueError(f"numbers of tokens must be at least 0, got {num_tokens} and {num_drafts}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from itertools import chain, islice
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kvcfg.cache.index import PageIds, PrefixIndex
@@ -36,31 +35,26 @@ class PagePlan(NamedTuple):
     dropped: list[int]
 
 
-class Closing(NamedTuple):
-    """A sequence whose pages up to index `end` are to be closed, and the names of its pages, as far as known."""
-
-    sequence: SequenceState
-    held: SequencePages
-    end: int
-    names: Sequence[Hashable]
+Closing = tuple[SequenceState, SequencePages, int, Sequence[Hashable]]
+"""A sequence, its pages, the index up to which they are to be closed, and the names of its pages that are known."""
 
 
 class Closed(NamedTuple):
-    """Pages that were closed: from index `first` on these, of which (index, page) in `moved` took another's place."""
+    """Pages of a sequence that were closed.
 
+    Attributes:
+        sequence: the sequence.
+        held: all its pages.
+        first: index of the first one that was closed.
+        pages: those that were closed.
+        moved: (index, page) where another page had the content already and is used instead.
+    """
+
+    sequence: SequenceState
+    held: SequencePages
     first: int
     pages: list[int]
     moved: list[tuple[int, int]]
-
-
-class _Span(NamedTuple):
-    """Pages that are closing, from index `first` on; of those that get a name the ids, names and token ids."""
-
-    first: int
-    all_pages: list[int]
-    pages: list[int]
-    names: Sequence[Hashable]
-    contents: Sequence[bytes]
 
 
 class PageTrack:
@@ -207,61 +201,46 @@ class PageTrack:
         keys = self.index.keys
         self.evictable += len(freed) - [keys[page] for page in freed].count(None)
 
-    def close(self, closing: list[Closing], now: float) -> list[Closed]:
+    def close(self, closing: Iterable[Closing], now: float) -> list[Closed]:
         """Give the pages of some sequences, from their closed ones up to an end, the names that are known for them.
 
         Where a page of that name is cached already, a sequence goes on with that one and drops its own.
         """
-        spans = [self._span(item) for item in closing]
-        pages = list(chain.from_iterable([span.pages for span in spans]))
-        names = list(chain.from_iterable([span.names for span in spans]))
-        contents = list(chain.from_iterable([span.contents for span in spans])) if self.index.verifies else None
-        owners = self.index.name(pages, names, now, contents)
-        if owners == pages:
-            if self.pool.weighs:
-                for item, span in zip(closing, spans, strict=True):
-                    self.pool.cached(span.pages, item.sequence.priority)
-            return [Closed(span.first, span.all_pages, []) for span in spans]
-        rest = iter(owners)
-        return [
-            self._adopt(item, span, list(islice(rest, len(span.pages))))
-            for item, span in zip(closing, spans, strict=True)
-        ]
+        closed, pages, keys = list[Closed](), list[int](), list[Hashable]()
+        contents = list[bytes]() if self.index.verifies else None
+        for sequence, held, end, names in closing:
+            first = max(sequence.closed, held.first)
+            span = held.pages[first - held.first : end - held.first]
+            closed.append(Closed(sequence, held, first, span, []))
+            named: Sequence[int] = range(first, min(end, len(names)))
+            if self.windowed:
+                named = [place for place in named if span[place - first] != self.null_page]
+                pages += [span[place - first] for place in named]
+                keys += [names[place] for place in named]
+            else:
+                pages += span[: len(named)]
+                keys += names[first : first + len(named)]
+            if contents is not None:
+                ids = sequence.page_ids()
+                contents += [b"" if ids is None else ids(place) for place in named]
+        owners = self.index.name(pages, keys, now, contents)
+        swaps = {} if owners == pages else dict(pair for pair in zip(pages, owners, strict=True) if pair[0] != pair[1])
+        for item in closed if swaps or self.pool.weighs else ():
+            own = [page for page in self.stored(item.pages) if page not in swaps]
+            self.pool.cached(own, item.sequence.priority)
+            self._adopt(item, swaps)
+        return closed
 
-    def _span(self, item: Closing) -> _Span:
-        sequence, held, end, names = item
-        first = max(sequence.closed, held.first)
-        pages = held.pages[first - held.first : end - held.first]
-        if not self.windowed and not self.index.verifies:
-            known = names[first:end]
-            return _Span(first, pages, pages[: len(known)], known, ())
-        places = [
-            place for place, page in enumerate(pages[: max(len(names) - first, 0)], first) if page != self.null_page
-        ]
-        ids = sequence.page_ids()
-        return _Span(
-            first,
-            pages,
-            [pages[place - first] for place in places],
-            [names[place] for place in places],
-            [b"" if ids is None else ids(place) for place in places] if self.index.verifies else (),
-        )
-
-    def _adopt(self, item: Closing, span: _Span, owners: list[int]) -> Closed:
-        """Go on with the owners of names where those are other pages."""
-        self.pool.cached(
-            [page for page, owner in zip(span.pages, owners, strict=True) if page == owner], item.sequence.priority
-        )
-        pages, moved = span.all_pages, []
-        for page, owner in zip(span.pages, owners, strict=True):
-            if owner != page:
+    def _adopt(self, closed: Closed, swaps: Mapping[int, int]) -> None:
+        """Go on with the pages that had the names before."""
+        for place, page in enumerate(closed.pages):
+            owner = swaps.get(page)
+            if owner is not None:
                 self.hold([owner])
                 self.drop([page])
-                place = pages.index(page)
-                pages[place] = owner
-                item.held.pages[span.first - item.held.first + place] = owner
-                moved.append((span.first + place, owner))
-        return Closed(span.first, pages, moved)
+                closed.pages[place] = owner
+                closed.held.pages[closed.first - closed.held.first + place] = owner
+                closed.moved.append((closed.first + place, owner))
 
     def drop_unseen(self, held: SequencePages, position: int) -> tuple[int, list[int]]:
         """Give up pages that no query from `position` on can see; the index of the first one, and the pages."""

@@ -10,7 +10,7 @@ from kvcfg.cache.pages import GROWING, WINDOWED, Commit, PageCopy, PageGroup, Pa
 from kvcfg.cache.prefix import PageHasher
 from kvcfg.cache.refusal import Shortage
 from kvcfg.cache.sequence import SequencePages, SequenceState
-from kvcfg.cache.track import Closing, PagePlan, PageTrack
+from kvcfg.cache.track import PagePlan, PageTrack
 from kvcfg.units import ceil_div
 
 Changes = list[tuple[SequenceState, list[PagePlan]]]
@@ -165,19 +165,16 @@ class PageTracks:
         ends = [state.final // self.page_size for state in states]
         names = [() if hasher is None else state.named(end, hasher) for state, end in zip(states, ends, strict=True)]
         for number, track in enumerate(self.all):
-            closing = [
-                Closing(state, state.pages[number], end, known)
-                for state, end, known in zip(states, ends, names, strict=True)
-            ]
-            for state, (first, pages, swapped) in zip(states, track.close(closing, now), strict=True):
-                if pages:
-                    closed += _runs(state, track, first, pages)
-                for place, page in swapped:
-                    moved += _runs(state, track, place, [page])
+            held = [state.pages[number] for state in states]
+            for item in track.close(zip(states, held, ends, names, strict=True), now):
+                if item.pages:
+                    closed += _runs(item.sequence, track, item.first, item.pages)
+                for place, page in item.moved:
+                    moved += _runs(item.sequence, track, place, [page])
                 if track.windowed:
-                    first, pages = track.drop_unseen(state.pages[number], state.final)
+                    first, pages = track.drop_unseen(item.held, item.sequence.final)
                     if pages:
-                        dropped += _runs(state, track, first, pages)
+                        dropped += _runs(item.sequence, track, first, pages)
         for state, end in zip(states, ends, strict=True):
             state.closed = end
         return Commit(tuple(closed), tuple(moved), tuple(dropped))

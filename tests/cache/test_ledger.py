@@ -305,6 +305,26 @@ def test_commits_need_slots_and_ids() -> None:
         ledger.commit("a", 5)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ledger: ledger.alloc("a", -1),
+        lambda ledger: ledger.alloc("a", 1, lookahead=-1),
+        lambda ledger: ledger.alloc_batch(["a"], -1),
+        lambda ledger: ledger.commit("a", -1),
+        lambda ledger: ledger.commit("a", 1, num_drafts=-1),
+    ],
+)
+def test_negative_numbers_are_refused(call: Any) -> None:
+    ledger = ledger_of()
+    ledger.claim("a")
+    ledger.alloc("a", 4)
+    ledger.commit("a", 3)
+    with pytest.raises(ValueError, match="must be at least 0"):
+        call(ledger)
+    assert ledger.length("a") == 3
+
+
 @pytest.mark.parametrize("call", [lambda ledger: ledger.claim("a"), lambda ledger: ledger.fork("a", "a")])
 def test_a_name_in_use_is_refused(call: Any) -> None:
     ledger = ledger_of()

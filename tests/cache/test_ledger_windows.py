@@ -202,6 +202,15 @@ def test_a_linear_group_keeps_a_prefix_from_being_found() -> None:
     assert ledger.page_table("first", 1) == (0, ())
 
 
+def test_groups_without_pages_need_none() -> None:
+    ledger = PageLedger(0, SIZE, [PageGroup("state", "linear"), PageGroup("tied", "shared")])
+    for name in ("first", "second"):
+        ledger.claim(name, range(12))
+        assert ledger.alloc(name, 12) == (0, 0, ())
+        ledger.commit(name, 12)
+    ledger.check_integrity()
+
+
 def test_growing_groups_share_page_ids() -> None:
     ledger = PageLedger(10, SIZE, [PageGroup("target"), PageGroup("draft"), PageGroup("latent", "mla")])
     ledger.claim(0, range(9))
