@@ -147,6 +147,7 @@ def find_format(name: str, key: str = "cache.kv_cache_format") -> Format:
     known = list(FORMATS)
     found = FORMATS.get(name.lower())
     if found is None:
-        close = nearest(name, known)
+        wanted = name.lower().replace("fp", "float")
+        close = next((item for item in known if item.startswith(wanted)), None) or nearest(wanted, known)
         raise ConfigError(Problem(key, one_of(known), name, None if close is None else f"{key}={close}"))
     return found
