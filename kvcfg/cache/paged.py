@@ -61,6 +61,7 @@ class PagedKVCache:
                 for group, count in zip(params.params, pages, strict=True)
             ],
             enable_prefix_caching=False,
+            reads_first=True,
         )
         self.storages = [PagedStorage(group, count, devices) for group, count in zip(params.params, pages, strict=True)]
         self._tables = [
@@ -191,14 +192,12 @@ class PagedKVCache:
                 f"the cache has {self.num_pages}. "
                 f"Try: workload.max_batch_size={self.batch_size} workload.max_seq_len={length}"
             )
+        # Layers read the past before they store, and a window may hand its old pages to the tokens that follow.
         self._past_tables = [[table.clone() for table in shards] for shards in self._tables]
-        # A page at a time: so a window that moves on hands its old pages to the tokens that follow.
-        while self._reserved < length:
-            piece = min(length - self._reserved, page_size - self._reserved % page_size)
-            for row in range(self.batch_size):
-                self._apply(row, self.ledger.alloc(row, piece).new_pages)
-                self.ledger.commit(row, piece, num_drafts=self._rollback)
-            self._set_length(self._reserved + piece)
+        for row in range(self.batch_size):
+            self._apply(row, self.ledger.alloc(row, length - self._reserved).new_pages)
+            self.ledger.commit(row, length - self._reserved, num_drafts=self._rollback)
+        self._set_length(length)
 
     def _set_length(self, length: int) -> None:
         self._reserved = length
