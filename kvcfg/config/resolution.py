@@ -125,9 +125,8 @@ def _recipe_choices(experiment: ExperimentConfig, recipe: Recipe) -> list[Choice
     choices = []
     if cache.kv_cache_format is None:
         by_recipe = asked.key_format or asked.value_format
-        names = dict.fromkeys((recipe.key_format.name, recipe.value_format.name))
         why = "the recipe says so" if by_recipe else f"{model.name} computes in {model.dtype}"
-        choices.append(Choice("cache.kv_cache_format", None, "/".join(names), why))
+        choices.append(Choice("cache.kv_cache_format", None, recipe.format_name, why))
     if asked.granularity is None:
         why = (
             f"{_scaled_names(recipe)} needs scales; per token and head loses least"

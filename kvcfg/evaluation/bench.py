@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvcfg.config.experiment import ExperimentConfig
-from kvcfg.evaluation.measure import format_name, sized_to_windows
+from kvcfg.evaluation.measure import sized_to_windows
 from kvcfg.evaluation.progress import progress_bar
 from kvcfg.evaluation.quality import agreement, full_precision
 from kvcfg.evaluation.speed import decode_step_seconds
@@ -73,7 +73,8 @@ def measure_speed(experiment: ExperimentConfig, model: Any = None) -> SpeedRow:
     window = text_windows(workload, load_tokenizer(experiment))[0]
     pages = build(sized_to_windows(experiment), model)
     caches = {"paged": TransformersCache(pages), "dynamic": full_precision(1)}
-    title = f"{format_name(experiment)} beside DynamicCache, {workload.window_tokens} tokens"
+    format_name = pages.params.params[0].storage.format_name
+    title = f"{format_name} beside DynamicCache, {workload.window_tokens} tokens"
     with progress_bar(title, len(caches) + workload.decode_tokens) as step_done:
         logits = {}
         for name, cache in caches.items():
@@ -87,7 +88,7 @@ def measure_speed(experiment: ExperimentConfig, model: Any = None) -> SpeedRow:
     step, dynamic_step = (1e3 * statistics.median(seconds[name]) for name in ("paged", "dynamic"))
     return SpeedRow(
         model=experiment.model.name,
-        format=format_name(experiment),
+        format=format_name,
         page_size=pages.params.page_size,
         context=workload.window_tokens,
         step_ms=step,

@@ -46,8 +46,7 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         model = load(experiment).model
     workload = experiment.workload
     windows = text_windows(workload, load_tokenizer(experiment))
-    sized = sized_to_windows(experiment)
-    pages = build(sized, model)
+    pages = build(sized_to_windows(experiment), model)
 
     def candidate(batch_size: int) -> TransformersCache:
         pages.release()
@@ -55,7 +54,9 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
 
     was_training = model.training
     model.eval()
-    title = f"{format_name(experiment)} on {experiment.model.name}, pages of {pages.params.page_size}"
+    params = pages.params
+    recipe = params.params[0].storage
+    title = f"{recipe.format_name} on {experiment.model.name}, pages of {params.page_size}"
     with progress_bar(title, workload.num_windows + 2) as step_done:
         agreement = compare(model, windows, candidate, step_done)
         held = _bytes_held(pages)
@@ -65,14 +66,13 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         seconds = decode_step_seconds(model, TransformersCache(pages), last_token, workload.decode_tokens)
         step_done()
     model.train(was_training)
-    params = pages.params
     numbers = sum(_numbers_per_token(params)) * workload.window_tokens
     return ResultRow(
         fingerprint=fingerprint(experiment),
         model=experiment.model.name,
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        format=format_name(experiment),
-        recipe=str(params.params[0].storage),
+        format=recipe.format_name,
+        recipe=str(recipe),
         page_size=params.page_size,
         bytes_per_token_planned=params.bytes_per_token,
         bytes_per_token_allocated=pages.bytes_per_token,
@@ -112,12 +112,6 @@ def sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
         )
     one_window = workload.model_copy(update={"max_batch_size": 1, "max_seq_len": tokens})
     return experiment.model_copy(update={"workload": one_window})
-
-
-def format_name(experiment: ExperimentConfig) -> str:
-    """Element format of the stored numbers; keys/values where they differ."""
-    recipe = experiment.to_params().params[0].storage
-    return "/".join(dict.fromkeys((recipe.key_format.name, recipe.value_format.name)))
 
 
 def _numbers_per_token(params: MultiKVCacheParams) -> list[int]:

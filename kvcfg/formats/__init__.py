@@ -93,6 +93,11 @@ class Recipe:
     block_size: int | None = None
 
     @property
+    def format_name(self) -> str:
+        """Name of the element format; keys/values where they differ."""
+        return "/".join(dict.fromkeys((self.key_format.name, self.value_format.name)))
+
+    @property
     def is_scaled(self) -> bool:
         """Whether pages hold scales beside the elements."""
         return self.granularity in ("token_head", "block") and (self.key_format.scaled or self.value_format.scaled)
@@ -119,11 +124,10 @@ class Recipe:
         return self.value_bytes(*shape) + self.scale_bytes(*shape)
 
     def __str__(self) -> str:
-        formats = {self.key_format.name: None, self.value_format.name: None}
         scales = "" if self.granularity == "none" else f", {self.scale_source} scales per {self.granularity}"
         block = "" if self.block_size is None else f" of {self.block_size}"
         kept = f" in {self.scale_dtype.name}" if self.is_scaled else ""
-        return "/".join(formats) + scales + block + kept
+        return self.format_name + scales + block + kept
 
 
 FORMATS: dict[str, Format] = {
