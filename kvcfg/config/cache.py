@@ -17,6 +17,7 @@ from kvcfg.group_params import KVCacheParams, KVCacheQuantizationConfig
 from kvcfg.param_checks import SpeculativeMethod
 
 HashAlgo = Literal["sha256", "xxh3_128", "blake3"]
+Eviction = Literal["lru", "lfu", "fifo", "priority"]
 
 _BY_ENCODING: dict[str | None, DType] = {
     None: DType.float32,
@@ -113,6 +114,19 @@ class KVCacheConfig(ConfigFile):
 
     kv_cache_hash_seed: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
     """64 hex digits mixed into every hash, so that caches with different seeds share no pages. null = none."""
+
+    eviction: Eviction = "lru"
+    """Which cached page goes first when pages run short: the least recently used (lru), the least often hit (lfu),
+    the longest cached (fifo), or that of the sequence with the lowest priority (priority)."""
+
+    verify_prefix_tokens: bool = False
+    """Keep the token ids of every cached page and compare them before a hit is believed."""
+
+    reuse_partial_pages: bool = False
+    """Where a prompt leaves a cached page in its middle, copy the part before that instead of computing it."""
+
+    enable_dp_cross_replica_prefix_copy: bool = True
+    """Let a replica copy the pages of a prefix that another replica has, instead of computing them."""
 
     @field_validator("kv_cache_format")
     @classmethod

@@ -41,6 +41,10 @@ def test_defaults_are_the_documented_ones() -> None:
         "kv_cache_memory_bytes": None,
         "kv_cache_hash_algo": "sha256",
         "kv_cache_hash_seed": None,
+        "eviction": "lru",
+        "verify_prefix_tokens": False,
+        "reuse_partial_pages": False,
+        "enable_dp_cross_replica_prefix_copy": True,
     }
 
 
