@@ -13,11 +13,15 @@ from kvcfg.dtypes import DeviceRef, DType
 from kvcfg.errors import ConfigError, Problem, show
 from kvcfg.group_params import KVCacheParams, KVCacheQuantizationConfig, per_token
 from kvcfg.param_checks import SpeculativeMethod
+from kvcfg.units import ceil_div
 
 if TYPE_CHECKING:
     from kvcfg.config.cache import KVConnectorType
 
-__all__ = ["KVCacheParams", "KVCacheQuantizationConfig", "Memory", "MultiKVCacheParams"]
+__all__ = ["KVCacheParams", "KVCacheQuantizationConfig", "Memory", "MultiKVCacheParams", "table_columns"]
+
+NUM_TABLE_BUFFERS = 2
+"""Page tables and lengths are there twice: one for the running step, one for the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +29,17 @@ class Memory:
     """Bytes of one replica's cache over all its shards, by what they hold.
 
     Attributes:
-        pages: the pages of growing groups.
+        pages: the pages of growing groups of the model.
+        draft_pages: the same pages of the drafter's groups.
         null_pages: one page a group that pads page tables and is never read.
         windowed: the pages of windowed groups, enough for every sequence.
         states: the states of linear layers.
-        page_tables: which pages a sequence has, and its length.
+        page_tables: which pages a sequence has, and its length; twice, so that the next batch can be prepared
+            while a step still reads the last.
     """
 
     pages: int
+    draft_pages: int
     null_pages: int
     windowed: int
     states: int
@@ -41,15 +48,18 @@ class Memory:
     @property
     def total(self) -> int:
         """All bytes together."""
-        return self.pages + self.null_pages + self.windowed + self.states + self.page_tables
+        pages = self.pages + self.draft_pages + self.null_pages + self.windowed
+        return pages + self.states + self.page_tables
 
 
 @dataclass(frozen=True, slots=True)
 class MultiKVCacheParams:
     """The caches of all layer groups behind one allocation: same pages, devices, tiers and drafts.
 
+    The groups of the model come first, then those of its drafter.
+
     Raises:
-        ConfigError: if there is no group, or groups disagree.
+        ConfigError: if there is no group of the model, groups disagree or stand in another order.
     """
 
     params: tuple[KVCacheParams, ...]
@@ -58,6 +68,9 @@ class MultiKVCacheParams:
         if not self.params:
             raise ConfigError(Problem("params", "must hold at least one layer group"))
         problems = []
+        roles = [item.role for item in self.params]
+        if roles[0] == "draft" or roles != sorted(roles, reverse=True):
+            problems.append(Problem("params", "must hold the groups of the model, then those of its drafter", roles))
         for name in _COMMON:
             values = list(dict.fromkeys(getattr(item, name) for item in self.params))
             if len(values) > 1:
@@ -122,6 +135,11 @@ class MultiKVCacheParams:
         return self.params[0].speculative_method
 
     @property
+    def draft_groups(self) -> tuple[KVCacheParams, ...]:
+        """The groups of the drafter."""
+        return tuple(item for item in self.params if item.role == "draft")
+
+    @property
     def num_draft_tokens(self) -> int:
         """Draft tokens of a step."""
         return self.params[0].num_draft_tokens
@@ -155,6 +173,19 @@ class MultiKVCacheParams:
         """Bytes that one sequence of up to `max_seq_len` tokens may hold in all groups."""
         return sum(item.bytes_per_sequence(max_seq_len) for item in self.params)
 
+    def page_table_columns(self, max_seq_len: int) -> tuple[int, ...]:
+        """Columns of each page table, in the order of the groups that come first in them.
+
+        Growing groups have the same pages of a sequence and share a table; a windowed group has its own.
+        """
+        columns = []
+        grown = False
+        for item in self.params:
+            if item.stores_pages and not (item.grows and grown):
+                columns.append(table_columns(item.pages_per_sequence(max_seq_len)))
+                grown = grown or item.grows
+        return tuple(columns)
+
     def memory(self, num_pages: int, max_batch_size: int, max_seq_len: int) -> Memory:
         """Bytes of one replica; what is allocated equals them to the byte.
 
@@ -165,14 +196,25 @@ class MultiKVCacheParams:
         """
         paged = [item for item in self.params if item.stores_pages]
         windowed = [item for item in paged if not item.grows]
-        tables = sum(item.pages_per_sequence(max_seq_len) for item in paged) + 1  # one int32 more: its length
+        entries = sum(self.page_table_columns(max_seq_len)) + 1  # one more: the length
+        draft_block = sum(item.bytes_per_block for item in self.draft_groups)
         return Memory(
-            pages=num_pages * self.bytes_per_block,
+            pages=num_pages * (self.bytes_per_block - draft_block),
+            draft_pages=num_pages * draft_block,
             null_pages=sum(item.bytes_per_block for item in paged),
             windowed=max_batch_size * sum(item.bytes_per_sequence(max_seq_len) for item in windowed),
             states=max_batch_size * sum(item.state_bytes * item.num_layers for item in self.params),
-            page_tables=tables * max_batch_size * DType.int32.size_in_bytes * self.tensor_parallel_degree,
+            page_tables=NUM_TABLE_BUFFERS
+            * self.tensor_parallel_degree
+            * max_batch_size
+            * entries
+            * DType.int32.size_in_bytes,
         )
+
+
+def table_columns(num_pages: int) -> int:
+    """Columns of a page table for that many pages: kernels read 8 entries at a time, and up to 16 beyond the last."""
+    return ceil_div(num_pages, 8) * 8 + 16
 
 
 _COMMON = (

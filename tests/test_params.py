@@ -7,7 +7,7 @@ import pytest
 from kvcfg.config.cache import KVConnectorConfig, KVConnectorType
 from kvcfg.dtypes import DeviceRef, DType
 from kvcfg.errors import ConfigError
-from kvcfg.params import KVCacheParams, MultiKVCacheParams
+from kvcfg.params import KVCacheParams, MultiKVCacheParams, table_columns
 
 PAGE = 16
 BATCH = 3
@@ -48,7 +48,23 @@ def test_memory_itemises_what_a_replica_holds() -> None:
     assert memory.null_pages == FULL.bytes_per_block + WINDOWED.bytes_per_block
     assert memory.windowed == BATCH * 3 * WINDOWED.bytes_per_block
     assert memory.states == BATCH * 2 * 500
-    assert memory.page_tables == 2 * 4 * (BATCH * 7 + BATCH * 3 + BATCH)  # two shards of int32
+
+
+def test_tables_and_lengths_are_there_twice_on_every_shard() -> None:
+    one_shard = BATCH * (24 + 24 + 1) * 4  # 7 and 3 pages in tables of 24 columns, one length, int32
+    assert HYBRID.memory(10, BATCH, LENGTH).page_tables == 2 * 2 * one_shard
+
+
+@pytest.mark.parametrize(("pages", "columns"), [(0, 16), (1, 24), (8, 24), (9, 32), (16, 32)])
+def test_table_has_room_to_read_in_eights_and_sixteen_entries_ahead(pages: int, columns: int) -> None:
+    assert table_columns(pages) == columns
+
+
+def test_groups_that_grow_share_the_table_of_the_first() -> None:
+    params = MultiKVCacheParams.from_params(WINDOWED, FULL, LINEAR, WINDOWED, FULL)
+    windowed, growing = WINDOWED.pages_per_sequence(1000), FULL.pages_per_sequence(1000)
+    expected = (table_columns(windowed), table_columns(growing), table_columns(windowed))
+    assert params.page_table_columns(1000) == expected
 
 
 def test_memory_is_the_sum_of_its_items() -> None:

@@ -330,10 +330,25 @@ class PageLedger:
     def __contains__(self, seq_id: object) -> bool:
         return seq_id in self._steps.sequences
 
+    def __len__(self) -> int:
+        return len(self._steps.sequences)
+
     def length(self, seq_id: SeqId) -> int:
         """Tokens of a sequence that are stored."""
         with self._lock:
             return self._state(seq_id).length
+
+    def room(self, seq_id: SeqId) -> int:
+        """Slots that a sequence has beyond its length."""
+        with self._lock:
+            state = self._state(seq_id)
+            return state.capacity - state.length
+
+    def num_cached(self, page_names: Sequence[Hashable]) -> int:
+        """How many of these names, from the first on, every growing group has a page for."""
+        with self._lock:
+            growing = [track for track in self._tracks.all if not track.windowed]
+            return min([len(track.index.run(page_names)) for track in growing], default=0)
 
     def page_names(self, seq_id: SeqId, num_new_tokens: int) -> tuple[Hashable, ...]:
         """Names of the pages, after those stored in full, that `alloc` of as many tokens would look for."""

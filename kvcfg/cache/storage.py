@@ -34,15 +34,9 @@ class EncodedTokens(NamedTuple):
     keys: Encoded
     values: Encoded
 
-    def last_of_each(self, num_sequences: int, num_tokens: int) -> EncodedTokens:
-        """The last `num_tokens` of each of `num_sequences` equally long runs of tokens."""
-        length = len(self.keys.elements) // num_sequences
-
-        def last(rows: Tensor) -> Tensor:
-            by_sequence: Tensor = rows.unflatten(0, (num_sequences, length))
-            return by_sequence[:, length - num_tokens :].flatten(0, 1)
-
-        return EncodedTokens(*(Encoded(*map(last, side)) for side in self))
+    def at(self, rows: Tensor) -> EncodedTokens:
+        """Some of the tokens; `rows` is `[n]` int64."""
+        return EncodedTokens(*(Encoded(*(part[rows.to(part.device)] for part in side)) for side in self))
 
 
 class PagedStorage:
@@ -72,7 +66,7 @@ class PagedStorage:
 
         Args:
             keys: `[num_tokens, n_kv_heads, head_dim]`, any float dtype, before any split over shards.
-            values: `[num_tokens, n_kv_heads, value_dim]`.
+            values: `[num_tokens, n_kv_heads, value_dim]`; of a latent (MLA) `[num_tokens, 1, 0]`.
 
         Raises:
             ShapeError: if heads or widths differ from the parameters.
@@ -121,10 +115,16 @@ class PagedStorage:
         """
         return self.decode([shard.load(layer, pages) for shard in self.shards], dtype)
 
-    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy whole pages, all layers, byte for byte. Both are `[n]` int64 page ids."""
-        for shard in self.shards:
-            shard.arena[:, targets.to(shard.device)] = shard.arena[:, sources.to(shard.device)]
+    def copy_pages(self, sources: Tensor, targets: Tensor, origin: PagedStorage | None = None) -> None:
+        """Copy whole pages, all layers, byte for byte.
+
+        Args:
+            sources: `[n]` int64 pages of `origin`.
+            targets: `[n]` int64 pages of this storage.
+            origin: another replica's storage of the same group; None = this one.
+        """
+        for shard, other in zip(self.shards, (origin or self).shards, strict=True):
+            shard.arena[:, targets.to(shard.device)] = other.arena[:, sources.to(other.device)].to(shard.device)
 
 
 class _Shard:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from kvcfg.cache.paged import PagedKVCache
 from kvcfg.composition import overrides_of
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.errors import ConfigError, Problem
@@ -59,7 +58,7 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
     title = f"{recipe.format_name} on {experiment.model.name}, pages of {params.page_size}"
     with progress_bar(title, workload.num_windows + 2) as step_done:
         agreement = compare(model, windows, candidate, step_done)
-        held = _bytes_held(pages)
+        held = pages.bytes_in_use
         floor = noise_floor(model, windows[0])
         step_done()
         last_token = int(windows[-1, -1])
@@ -127,9 +126,3 @@ def _bits_per_element(params: MultiKVCacheParams) -> float:
     widths = [group.head_dim + group.value_dim for group in params.params]
     numbers = _numbers_per_token(params)
     return sum(n * b / w for n, b, w in zip(numbers, bits, widths, strict=True)) / sum(numbers)
-
-
-def _bytes_held(pages: PagedKVCache) -> int:
-    """Bytes of the pages that one sequence holds now."""
-    used = [len(pages.ledger.page_table(0, group).pages) for group in range(len(pages.storages))]
-    return sum(count * group.bytes_per_block for count, group in zip(used, pages.params.params, strict=True))

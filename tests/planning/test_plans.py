@@ -20,7 +20,7 @@ def test_llama_on_eight_h100_takes_128_kib_per_token(planned: Planned) -> None:
 def test_llama_on_eight_h100_fills_nine_tenths_of_the_memory(planned: Planned) -> None:
     plan = planned(*LLAMA)
     budget = 8 * (int(80 * GIB * 0.9) - plan.experiment.model.weight_bytes // 8)
-    tables = 8 * 4 * plan.max_batch_size * (131072 // 64 + 1)
+    tables = 2 * 8 * 4 * plan.max_batch_size * (131072 // 64 + 16 + 1)
     assert plan.num_pages == (budget - tables) // (8 * MIB) - 1
     assert plan.max_sequences == plan.num_pages // 2048 == 35
 
@@ -132,7 +132,7 @@ def test_drafts_take_pages_of_every_sequence(planned: Planned) -> None:
     words = ("model=llama-3.1-8b", "devices=h100", "workload.max_batch_size=8", "workload.max_seq_len=8192")
     plain, drafting = planned(*words), planned(*words, "speculative=eagle")
     assert drafting.included()["draft_slack"] == 8 * plain.bytes_per_page
-    assert drafting.kv_bytes - plain.kv_bytes == 8 * (plain.bytes_per_page + 4)
+    assert drafting.kv_bytes - plain.kv_bytes == 8 * (plain.bytes_per_page + 2 * 8 * 4)
 
 
 def test_pool_is_no_larger_than_the_workload_can_use(planned: Planned) -> None:

@@ -30,7 +30,7 @@ def test_no_line_is_wider_than_a_hundred_columns(composed: Callable[..., Experim
 def test_first_sentence_says_how_much_fits(planned: Planned) -> None:
     text = planned("model=llama-3.1-8b", "devices=h100x8", "cache.kv_cache_page_size=64").table()
     assert text.startswith(
-        "llama-3.1-8b on 8 × h100: 4,595,968 tokens fit, enough for 35 sequences of 131,072 tokens. A token\n"
+        "llama-3.1-8b on 8 × h100: 4,595,904 tokens fit, enough for 35 sequences of 131,072 tokens. A token\n"
         "takes 128 KiB, a page of 64 tokens 8 MiB.\n"
     )
 

@@ -1,0 +1,132 @@
+"""One step of a batch: which tokens it computes, what their queries see of the past, and where they are stored.
+
+A step is laid out once and then used by every layer. Tokens of a batch stand one sequence after the other, so
+sequences of any lengths go together: `[num_tokens, n_kv_heads, dim]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcfg.cache.page_tables import BatchTables, PageTables
+from kvcfg.cache.pages import PageTable, SeqId
+from kvcfg.params import KVCacheParams
+from kvcfg.units import ceil_div
+
+
+class Span(NamedTuple):
+    """What a step sees of one sequence's past: `length` tokens from `offset` on, in the tokens of `num_pages` pages."""
+
+    offset: int
+    length: int
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """Where one layer group reads and writes.
+
+    Attributes:
+        past_pages: `[n]` int64, the pages that are seen, sequence after sequence.
+        spans: per sequence, the part of them that is seen.
+        slots: `[num_stored]` int64, where tokens of the step are stored.
+        stored: `[num_stored]` int64, which of them; None = all. A windowed group keeps only those that a later
+            query can see.
+    """
+
+    past_pages: Tensor
+    spans: tuple[Span, ...]
+    slots: Tensor
+    stored: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass of some sequences of one replica.
+
+    Attributes:
+        seq_ids: the batch.
+        starts: per sequence, tokens stored before.
+        num_tokens: per sequence, tokens of the step.
+        groups: per layer group where it reads and writes; None for groups without pages.
+        shards: per tensor parallel shard the page tables and lengths, for kernels that read pages themselves.
+            They stay valid until the next step but one is laid out.
+        max_lengths: `[1, 2]` int64 on the host: the most tokens of a sequence in this step, and the longest
+            sequence with them.
+    """
+
+    seq_ids: tuple[SeqId, ...]
+    starts: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    groups: tuple[GroupStep | None, ...]
+    shards: tuple[BatchTables, ...]
+    max_lengths: Tensor
+
+
+def first_seen(group: KVCacheParams, position: int) -> int:
+    """Position of the first token that a query at `position` sees."""
+    if group.window is None:
+        return 0
+    return position // group.window * group.window if group.kind == "chunked" else max(0, position - group.window + 1)
+
+
+def growing_step(
+    tables: PageTables, group: int, page_size: int, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]
+) -> GroupStep:
+    """Where a group that keeps everything reads and writes."""
+    filled = [ceil_div(start, page_size) for start in starts]
+    spans = tuple(Span(0, start, count) for start, count in zip(starts, filled, strict=True))
+    held, columns = torch.tensor(rows), torch.arange(max(filled))
+    past = tables.pages(group, held.unsqueeze(1), columns)
+    in_use = columns < torch.tensor(filled).unsqueeze(1)
+    positions = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+    pages = tables.pages(group, held.repeat_interleave(torch.tensor(counts)), positions // page_size)
+    return GroupStep(past[in_use], spans, pages * page_size + positions % page_size, None)
+
+
+def windowed_step(
+    group: KVCacheParams,
+    null_page: int,
+    befores: Sequence[PageTable],
+    afters: Sequence[PageTable],
+    starts: Sequence[int],
+    counts: Sequence[int],
+) -> GroupStep:
+    """Where a windowed group reads and writes.
+
+    Args:
+        group: the group.
+        null_page: the page that stands where nothing is stored.
+        befores: per sequence its pages before the step was allocated; there the past is read.
+        afters: per sequence its pages since.
+        starts: per sequence, tokens stored before.
+        counts: per sequence, tokens of the step.
+    """
+    size = group.page_size
+    past, spans = list[int](), list[Span]()
+    slots, stored, offset = list[Tensor](), list[Tensor](), 0
+    for before, after, start, count in zip(befores, afters, starts, counts, strict=True):
+        seen = first_seen(group, start)
+        first, end = seen // size, ceil_div(start, size)
+        pages = before.pages[first - before.first : end - before.first]
+        past += pages
+        spans.append(Span(seen - first * size, start - seen, len(pages)))
+        begin = max(start, after.first * size)
+        held = torch.tensor(after.pages[begin // size - after.first :], dtype=torch.int64)
+        places = _slots(held, begin, max(0, start + count - begin), size)
+        kept = places // size != null_page
+        slots.append(places[kept])
+        stored.append(torch.arange(offset + begin - start, offset + count)[kept])
+        offset += count
+    return GroupStep(torch.tensor(past, dtype=torch.int64), tuple(spans), torch.cat(slots), torch.cat(stored))
+
+
+def _slots(pages: Tensor, start: int, count: int, page_size: int) -> Tensor:
+    """Slots of `count` tokens from `start` on, which lie in `pages` from their first one on."""
+    positions = torch.arange(start, start + count)
+    return pages[positions // page_size - start // page_size] * page_size + positions % page_size
