@@ -25,8 +25,8 @@ from kvcfg.cache.pages import Allocation, Commit, SeqId
 from kvcfg.cache.prefix import token_ids
 from kvcfg.cache.replica import CacheOptions, CacheReplica
 from kvcfg.cache.replicas import borrow, settle
-from kvcfg.cache.step import Step
-from kvcfg.cache.storage import KeysValues
+from kvcfg.cache.step import GroupStep, Step
+from kvcfg.cache.storage import KeysValues, PagedStorage
 from kvcfg.errors import ShapeError
 from kvcfg.group_params import split_into_groups
 from kvcfg.params import MultiKVCacheParams
@@ -207,12 +207,16 @@ class KVCacheManager:
             seq_ids: sequences of one replica.
             num_tokens: tokens of each that every layer has stored since the last commit. Rejected drafts are simply
                 left out; what follows overwrites them.
-            num_drafts: how many of the last tokens `truncate` may take back; None = the configured drafts.
+            num_drafts: how many of the last tokens `truncate` may take back; None = the configured drafts, less
+                those that were left out.
 
         Raises:
             ValueError: if a sequence is unknown, or has no slots or ids for as many tokens.
         """
         with self._lock:
+            if num_drafts is None:
+                left_out = max(self._allocated.get(seq_id, num_tokens) for seq_id in seq_ids) - num_tokens
+                num_drafts = max(0, self.params.num_draft_tokens - max(0, left_out))
             done = self._common_home(seq_ids).commit(seq_ids, num_tokens, num_drafts=num_drafts)
             for seq_id in seq_ids:
                 self._allocated.pop(seq_id, None)
@@ -292,29 +296,25 @@ class KVCacheManager:
         Raises:
             ShapeError: if heads, widths or tokens are not those of the step, or the layer keeps no pages.
         """
-        group, place = self._place(layer)
-        home = self._home(step.seq_ids[0])
-        storage = home.storages[group]
-        assert storage is not None
+        home, group, place, storage, layout = self._target(step, layer)
         values = keys[..., :0] if values is None else values
         if len(keys) != sum(step.num_tokens):
             raise ShapeError(f"the step has {sum(step.num_tokens)} tokens, got {len(keys)}")
-        past = home.read(step, group, place, keys.dtype)
+        past = home.read(layout, group, place, keys.dtype)
         encoded = storage.encode(keys, values)
-        home.store(step, group, place, encoded)
+        home.store(layout, group, place, encoded)
         fresh = storage.decode(encoded, keys.dtype)
-        return _joined(step, group, self.params.page_size, past, fresh)
+        return _joined(layout, step.num_tokens, self.params.page_size, past, fresh)
 
     def write(self, step: Step, layer: int, keys: Tensor, values: Tensor | None = None) -> None:
         """Store a step's tokens in one layer, for kernels that read pages themselves; arguments as for `append`.
 
         With windows, read the past of a layer before its new tokens are stored: they may take over its old pages.
         """
-        group, place = self._place(layer)
-        home = self._home(step.seq_ids[0])
-        storage = home.storages[group]
-        assert storage is not None
-        home.store(step, group, place, storage.encode(keys, keys[..., :0] if values is None else values))
+        home, group, place, storage, layout = self._target(step, layer)
+        if len(keys) != sum(step.num_tokens):
+            raise ShapeError(f"the step has {sum(step.num_tokens)} tokens, got {len(keys)}")
+        home.store(layout, group, place, storage.encode(keys, keys[..., :0] if values is None else values))
 
     def view(self, seq_id: SeqId, layer: int, dtype: torch.dtype = torch.float32) -> KeysValues:
         """What the next query of a sequence sees of its committed tokens in one layer, as stored.
@@ -326,9 +326,10 @@ class KVCacheManager:
         group, place = self._place(layer)
         with self._lock:
             home = self._home(seq_id)
-            step = home.lay_out([seq_id], [0])
-            past = home.read(step, group, place, dtype)
-        seen = _joined(step, group, self.params.page_size, past, KeysValues(past.keys[:0], past.values[:0]))
+            layout = home.lay_out_group(group, [seq_id], [home.ledger.length(seq_id)], [0])
+        past = home.read(layout, group, place, dtype)
+        nothing = KeysValues(past.keys[:0], past.values[:0])
+        seen = _joined(layout, [0], self.params.page_size, past, nothing)
         return KeysValues(seen.keys, seen.values)
 
     def state(self, seq_id: SeqId, layer: int) -> tuple[Tensor, ...]:
@@ -390,6 +391,14 @@ class KVCacheManager:
             raise ShapeError(f"layer {layer} is {self.params.params[group].kind} and keeps no keys and values")
         return group, place
 
+    def _target(self, step: Step, layer: int) -> tuple[CacheReplica, int, int, PagedStorage, GroupStep]:
+        """The replica of a step; of a layer its group, its place there, its bytes, and where the step meets them."""
+        group, place = self._place(layer)
+        home = self._home(step.seq_ids[0])
+        storage, layout = home.storages[group], step.groups[group]
+        assert storage is not None and layout is not None
+        return home, group, place, storage, layout
+
     def _lookahead(self, num_new_tokens: int, num_draft_tokens: int | None) -> int:
         drafts = self.params.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
         is_block = self.params.speculative_method == "dflash"
@@ -421,13 +430,13 @@ class KVCacheManager:
         return loan.num_tokens
 
 
-def _joined(step: Step, group: int, page_size: int, past: KeysValues, fresh: KeysValues) -> Packed:
+def _joined(
+    layout: GroupStep, num_tokens: Sequence[int], page_size: int, past: KeysValues, fresh: KeysValues
+) -> Packed:
     """Per sequence the tokens it sees of its past, then its new ones."""
-    layout = step.groups[group]
-    assert layout is not None
     keys, values, lengths = list[Tensor](), list[Tensor](), list[int]()
     read = used = 0
-    for span, count in zip(layout.spans, step.num_tokens, strict=True):
+    for span, count in zip(layout.spans, num_tokens, strict=True):
         seen = slice(read + span.offset, read + span.offset + span.length)
         new = slice(used, used + count)
         keys += [past.keys[seen], fresh.keys[new]]

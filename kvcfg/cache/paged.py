@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcfg.cache.replica import CacheOptions, CacheReplica
-from kvcfg.cache.step import Step, first_seen
+from kvcfg.cache.step import GroupStep, Step, first_seen
 from kvcfg.cache.storage import KeysValues, PagedStorage
 from kvcfg.errors import CapacityError, ShapeError
 from kvcfg.params import MultiKVCacheParams
@@ -116,10 +116,11 @@ class PagedKVCache:
         storage, group, index = self._place(layer)
         batch_size, _, num_tokens, _ = keys.shape
         self._begin(batch_size)
-        step = self._step_of(layer, num_tokens)
-        past = self._read_past(step, group, index, keys.dtype)
+        layout = self._step_of(layer, num_tokens).groups[group]
+        assert layout is not None
+        past = self._read_past(layout, group, index, keys.dtype)
         encoded = storage.encode(_by_token(keys), _by_token(values))
-        self.replica.store(step, group, index, encoded)
+        self.replica.store(layout, group, index, encoded)
         self._stored[layer] += num_tokens
         if all(self._stored[other] == self._stored[layer] for other in self._storing):
             self._commit()
@@ -203,11 +204,9 @@ class PagedKVCache:
         self.replica.commit(self._step.seq_ids, self._step.num_tokens[0], num_drafts=self._rollback)
         self._step = None
 
-    def _read_past(self, step: Step, group: int, index: int, dtype: torch.dtype) -> KeysValues:
-        layout = step.groups[group]
-        assert layout is not None
+    def _read_past(self, layout: GroupStep, group: int, index: int, dtype: torch.dtype) -> KeysValues:
         span = layout.spans[0]
-        tokens = _by_sequence(self.replica.read(step, group, index, dtype), self.batch_size)
+        tokens = _by_sequence(self.replica.read(layout, group, index, dtype), self.batch_size)
         seen = slice(span.offset, span.offset + span.length)
         return KeysValues(tokens.keys[:, :, seen], tokens.values[:, :, seen])
 

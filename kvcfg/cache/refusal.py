@@ -1,4 +1,4 @@
-"""What is said when pages run out."""
+"""What is said when pages run out, or a sequence cannot do what it is asked."""
 
 from __future__ import annotations
 
@@ -62,3 +62,45 @@ class Shortage:
             longest = max(1, self.num_pages // len(self.asking) * self.page_size)
             ways.append(f"workload.max_seq_len={longest}")
         return ways
+
+
+def unclaimed(seq_id: SeqId) -> ValueError:
+    """A sequence that the ledger does not know."""
+    return ValueError(f"sequence {seq_id!r} is not claimed")
+
+
+def in_use(seq_id: SeqId) -> ValueError:
+    """A name that another sequence has."""
+    return ValueError(f"sequence {seq_id!r} is claimed already; release it first")
+
+
+def without_ids(seq_id: SeqId) -> ValueError:
+    """Ids for a sequence whose ids are never known."""
+    return ValueError(f"sequence {seq_id!r} was claimed without token ids")
+
+
+def check_counts(num_tokens: int, num_drafts: int) -> None:
+    """Refuse numbers of tokens below 0."""
+    if num_tokens < 0 or num_drafts < 0:
+        raise ValueError(f"numbers of tokens must be at least 0, got {num_tokens} and {num_drafts}")
+
+
+def check_commit(seq_id: SeqId, length: int, capacity: int, num_ids: int | None) -> None:
+    """Refuse to count tokens as stored that have no slots, or no ids where ids are known."""
+    cannot = f"cannot commit sequence {seq_id!r} up to {length} tokens"
+    if length > capacity:
+        raise ValueError(f"{cannot}: it has slots for {capacity}; alloc them first")
+    if num_ids is not None and length > num_ids:
+        raise ValueError(f"{cannot}: ids of {num_ids} are known; extend it first")
+
+
+def check_cut(seq_id: SeqId, stored: int, closed: int, page_size: int, length: int) -> None:
+    """Refuse to take back tokens that are not there, or part of a closed page."""
+    cannot = f"cannot cut sequence {seq_id!r} of {stored} tokens to {length}"
+    if not 0 <= length <= stored:
+        raise ValueError(f"{cannot}: must be between 0 and {stored}")
+    if length % page_size and length < closed * page_size:
+        raise ValueError(
+            f"{cannot}: a page that is closed is not opened again; commit with num_drafts, the tokens that may be "
+            f"taken back, or cut to {length // page_size * page_size}"
+        )

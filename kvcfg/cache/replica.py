@@ -196,39 +196,49 @@ class CacheReplica:
         if left_out := [seq_id for seq_id in self._befores if seq_id not in seq_ids]:
             raise ValueError(f"sequence {left_out[0]!r} was allocated too: with windows, all of them share a step")
         columns = self._columns(max(ends), max_cache_length)
-        rows = [self._rows[seq_id] for seq_id in seq_ids]
         groups = list[GroupStep | None]()
         growing: GroupStep | None = None
         for place, group in enumerate(self.params.params):
-            if not group.stores_pages:
-                groups.append(None)
-            elif group.grows:
-                if growing is None:
-                    growing = growing_step(self.tables, place, group.page_size, rows, starts, num_tokens)
+            if group.grows and growing is not None:
                 groups.append(growing)
+            elif group.stores_pages:
+                groups.append(self.lay_out_group(place, seq_ids, starts, num_tokens))
+                growing = groups[-1] if group.grows else growing
             else:
-                afters = [self.ledger.page_table(seq_id, place) for seq_id in seq_ids]
-                befores = [
-                    self._befores[seq_id][place] if seq_id in self._befores else after
-                    for seq_id, after in zip(seq_ids, afters, strict=True)
-                ]
-                null_page = self._null_pages[place]
-                groups.append(windowed_step(group, null_page, befores, afters, starts, num_tokens))
+                groups.append(None)
+        rows = [self._rows[seq_id] for seq_id in seq_ids]
         shards = self.tables.load(rows, starts, columns)
         longest = torch.tensor([[max(num_tokens), max(ends)]])
         return Step(tuple(seq_ids), tuple(starts), tuple(num_tokens), tuple(groups), tuple(shards), longest)
 
-    def read(self, step: Step, group: int, layer: int, dtype: torch.dtype) -> KeysValues:
-        """All tokens of the pages that a step sees of its past; `step.groups[group].spans` says which count."""
-        storage, place = self._at(step, group)
-        return storage.read(layer, place.past_pages, dtype)
+    def lay_out_group(
+        self, place: int, seq_ids: Sequence[SeqId], starts: Sequence[int], num_tokens: Sequence[int]
+    ) -> GroupStep:
+        """Where one group reads and writes in a step; sequences have `starts` tokens stored."""
+        group = self.params.params[place]
+        if group.grows:
+            rows = [self._rows[seq_id] for seq_id in seq_ids]
+            return growing_step(self.tables, place, group.page_size, rows, starts, num_tokens)
+        afters = [self.ledger.page_table(seq_id, place) for seq_id in seq_ids]
+        befores = [
+            self._befores[seq_id][place] if seq_id in self._befores else after
+            for seq_id, after in zip(seq_ids, afters, strict=True)
+        ]
+        return windowed_step(group, self._null_pages[place], befores, afters, starts, num_tokens)
 
-    def store(self, step: Step, group: int, layer: int, encoded: Sequence[EncodedTokens]) -> None:
+    def read(self, layout: GroupStep, group: int, layer: int, dtype: torch.dtype) -> KeysValues:
+        """All tokens of the pages that a step sees of its past; the layout's spans say which count."""
+        storage = self.storages[group]
+        assert storage is not None
+        return storage.read(layer, layout.past_pages, dtype)
+
+    def store(self, layout: GroupStep, group: int, layer: int, encoded: Sequence[EncodedTokens]) -> None:
         """Store a step's tokens, as `storages[group].encode` returned them, in one layer of a group."""
-        storage, place = self._at(step, group)
-        if place.stored is not None:
-            encoded = [tokens.at(place.stored) for tokens in encoded]
-        storage.store(layer, encoded, place.slots)
+        storage = self.storages[group]
+        assert storage is not None
+        if layout.stored is not None:
+            encoded = [tokens.at(layout.stored) for tokens in encoded]
+        storage.store(layer, encoded, layout.slots)
 
     def copy(self, copies: Sequence[PageCopy], origin: CacheReplica | None = None) -> None:
         """Copy pages byte for byte, within this replica or from another one."""
@@ -260,11 +270,6 @@ class CacheReplica:
                     columns = torch.arange(first, first + len(pages))
                     entered = self.tables.pages(group, torch.tensor(row), columns).tolist()
                     assert entered == list(pages), f"page table of {seq_id!r} has {entered}, the ledger {pages}"
-
-    def _at(self, step: Step, group: int) -> tuple[PagedStorage, GroupStep]:
-        storage, place = self.storages[group], step.groups[group]
-        assert storage is not None and place is not None
-        return storage, place
 
     def _check_row(self) -> None:
         if not self._free_rows:

@@ -29,7 +29,7 @@ class StateStorage:
         ends = [total * rank // shards for rank in range(shards + 1)]
         self.arenas = [
             torch.zeros((params.num_layers, max_batch_size, stop - start), dtype=torch.uint8, device=device)
-            for device, start, stop in zip(devices, ends, ends[1:], strict=True)
+            for device, start, stop in zip(devices, ends[:-1], ends[1:], strict=True)
         ]
 
     @property

@@ -102,4 +102,4 @@ class TokenCodec:
 
 def _as_rows(tensor: Tensor) -> Tensor:
     """`[num_tokens, ...]` of any dtype to its bytes, one row a token."""
-    return tensor.contiguous().view(torch.uint8).flatten(1)
+    return tensor.flatten(1).contiguous().view(torch.uint8)

@@ -1,0 +1,66 @@
+"""From an experiment to the engine that was planned for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvcfg.cache.manager import KVCacheManager
+from kvcfg.cache.namespace import namespace
+from kvcfg.cache.prefix import PageHasher
+from kvcfg.cache.replica import CacheOptions
+from kvcfg.config.experiment import ExperimentConfig
+from kvcfg.dtypes import DeviceRef
+from kvcfg.errors import BackendUnavailable, CapacityError
+from kvcfg.planning import plan
+
+
+def build_manager(
+    experiment: ExperimentConfig, *, devices: Sequence[torch.device] | None = None, adapter: str | None = None
+) -> KVCacheManager:
+    """Allocate the planned cache of all replicas, with the prefix caching and eviction that the config asks for.
+
+    Args:
+        experiment: what to build; `kvcfg plan` shows the bytes.
+        devices: one device per shard, replica after replica; None = those of the config.
+        adapter: name or digest of the adapter that the model runs with; its pages are kept apart.
+
+    Raises:
+        BackendUnavailable: if the config names a GPU that this machine does not have.
+        CapacityError: if the plan does not fit in memory.
+    """
+    planned = plan(experiment)
+    if not planned.fits:
+        raise CapacityError(str(planned.shortfall))
+    params, cache = planned.resolution.params, experiment.cache
+    hasher = PageHasher(
+        cache.kv_cache_hash_algo,
+        seed=bytes.fromhex(cache.kv_cache_hash_seed or ""),
+        namespace=namespace(experiment, adapter=adapter),
+    )
+    return KVCacheManager(
+        params,
+        num_pages=planned.num_pages,
+        max_batch_size=planned.max_batch_size,
+        max_seq_len=planned.max_seq_len,
+        devices=[_torch_device(device) for device in params.devices] if devices is None else devices,
+        options=CacheOptions(
+            enable_prefix_caching=cache.enable_prefix_caching,
+            hasher=hasher,
+            eviction=cache.eviction,
+            verify_prefix_tokens=cache.verify_prefix_tokens,
+            reuse_partial_pages=cache.reuse_partial_pages,
+            enable_dp_cross_replica_prefix_copy=cache.enable_dp_cross_replica_prefix_copy,
+        ),
+    )
+
+
+def _torch_device(device: DeviceRef) -> torch.device:
+    if device.is_cpu():
+        return torch.device("cpu")
+    if device.id >= torch.cuda.device_count():
+        raise BackendUnavailable(
+            f"{device} is not on this machine, which has {torch.cuda.device_count()} GPUs. Try: devices=cpu"
+        )
+    return torch.device("cuda", device.id)
