@@ -46,7 +46,7 @@ def build_manager(
         max_seq_len=planned.max_seq_len,
         devices=[_torch_device(device) for device in params.devices] if devices is None else devices,
         options=CacheOptions(
-            enable_prefix_caching=cache.enable_prefix_caching,
+            enable_prefix_caching=params.enable_prefix_caching,
             hasher=hasher,
             eviction=cache.eviction,
             verify_prefix_tokens=cache.verify_prefix_tokens,

@@ -13,14 +13,14 @@ touches only pages of its own sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from threading import RLock
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcfg.cache.ledger import LedgerMetrics
+from kvcfg.cache.packed import Packed, join_past
 from kvcfg.cache.pages import Allocation, Commit, SeqId
 from kvcfg.cache.prefix import token_ids
 from kvcfg.cache.replica import CacheOptions, CacheReplica
@@ -31,20 +31,6 @@ from kvcfg.errors import ShapeError
 from kvcfg.group_params import split_into_groups
 from kvcfg.params import MultiKVCacheParams
 from kvcfg.sizing import RequestSlots
-
-
-class Packed(NamedTuple):
-    """Keys and values of several sequences, one after the other.
-
-    Attributes:
-        keys: `[sum(lengths), n_kv_heads, head_dim]`.
-        values: `[sum(lengths), n_kv_heads, value_dim]`.
-        lengths: tokens of each sequence.
-    """
-
-    keys: Tensor
-    values: Tensor
-    lengths: tuple[int, ...]
 
 
 class KVCacheManager:
@@ -97,6 +83,7 @@ class KVCacheManager:
         self._copies_between_replicas = options.enable_dp_cross_replica_prefix_copy
         self._homes: dict[SeqId, CacheReplica] = {}
         self._allocated: dict[SeqId, int] = {}
+        self._pins: dict[Hashable, CacheReplica] = {}
         self._lock = RLock()
 
     @property
@@ -257,13 +244,20 @@ class KVCacheManager:
     # Tensors
 
     def lay_out(
-        self, seq_ids: Sequence[SeqId], num_tokens: Sequence[int] | None = None, *, max_cache_length: int | None = None
+        self,
+        seq_ids: Sequence[SeqId],
+        num_tokens: Sequence[int] | None = None,
+        *,
+        ahead: int = 0,
+        max_cache_length: int | None = None,
     ) -> Step:
         """Lay out one forward pass: what its queries see, where its tokens go, page tables for kernels.
 
         Args:
             seq_ids: allocated sequences of one replica.
             num_tokens: tokens of each in this step; None = those it was allocated for. Drafts to be verified count.
+            ahead: tokens of each that a drafter has stored and nobody has committed yet; the step follows them.
+                Windowed groups take no part in such a step.
             max_cache_length: tokens that the page tables are to cover, the same for every step where kernels
                 want fixed shapes; None = as many as the batch needs.
 
@@ -275,10 +269,10 @@ class KVCacheManager:
             home = self._common_home(seq_ids)
             counts = [self._allocated.get(seq_id, 0) for seq_id in seq_ids] if num_tokens is None else num_tokens
             for seq_id, count in zip(seq_ids, counts, strict=True):
-                room = home.ledger.room(seq_id)
+                room = home.ledger.room(seq_id) - ahead
                 if count > room:
                     raise ValueError(f"sequence {seq_id!r} has room for {room} more tokens, not {count}: alloc first")
-            return home.lay_out(seq_ids, counts, max_cache_length)
+            return home.lay_out(seq_ids, counts, ahead=ahead, max_cache_length=max_cache_length)
 
     def append(self, step: Step, layer: int, keys: Tensor, values: Tensor | None = None) -> Packed:
         """Store a step's tokens in one layer and return all that its queries may see, themselves included.
@@ -304,7 +298,7 @@ class KVCacheManager:
         encoded = storage.encode(keys, values)
         home.store(layout, group, place, encoded)
         fresh = storage.decode(encoded, keys.dtype)
-        return _joined(layout, step.num_tokens, self.params.page_size, past, fresh)
+        return join_past(layout, step.num_tokens, self.params.page_size, past, fresh)
 
     def write(self, step: Step, layer: int, keys: Tensor, values: Tensor | None = None) -> None:
         """Store a step's tokens in one layer, for kernels that read pages themselves; arguments as for `append`.
@@ -329,7 +323,7 @@ class KVCacheManager:
             layout = home.lay_out_group(group, [seq_id], [home.ledger.length(seq_id)], [0])
         past = home.read(layout, group, place, dtype)
         nothing = KeysValues(past.keys[:0], past.values[:0])
-        seen = _joined(layout, [0], self.params.page_size, past, nothing)
+        seen = join_past(layout, [0], self.params.page_size, past, nothing)
         return KeysValues(seen.keys, seen.values)
 
     def state(self, seq_id: SeqId, layer: int) -> tuple[Tensor, ...]:
@@ -340,7 +334,35 @@ class KVCacheManager:
         with self._lock:
             return self._home(seq_id).state(seq_id, group, place)
 
-    # The whole
+    # The prefix cache, and the whole
+
+    def pin(self, name: Hashable, seq_id: SeqId) -> int:
+        """Keep the closed pages of a sequence from eviction until `unpin(name)`, whatever becomes of the sequence.
+
+        Returns:
+            Pages held, over all pools of its replica.
+
+        Raises:
+            ValueError: if the name is in use or the sequence unknown.
+        """
+        with self._lock:
+            if name in self._pins:
+                raise ValueError(f"pin {name!r} is in use; unpin it first")
+            home = self._home(seq_id)
+            held = home.ledger.pin(name, seq_id)
+            self._pins[name] = home
+            return held
+
+    def unpin(self, name: Hashable) -> None:
+        """Let go of pinned pages.
+
+        Raises:
+            ValueError: if nothing is pinned under the name.
+        """
+        with self._lock:
+            if name not in self._pins:
+                raise ValueError(f"nothing is pinned as {name!r}")
+            self._pins.pop(name).ledger.unpin(name)
 
     def reset_prefix_cache(self) -> int:
         """Forget the cached pages of all replicas that no sequence uses; how many there were."""
@@ -396,7 +418,9 @@ class KVCacheManager:
         group, place = self._place(layer)
         home = self._home(step.seq_ids[0])
         storage, layout = home.storages[group], step.groups[group]
-        assert storage is not None and layout is not None
+        if layout is None:
+            raise ShapeError(f"layer {layer} has a window and takes no part in a step ahead of what is committed")
+        assert storage is not None
         return home, group, place, storage, layout
 
     def _lookahead(self, num_new_tokens: int, num_draft_tokens: int | None) -> int:
@@ -428,19 +452,3 @@ class KVCacheManager:
         home.copy(loan.copies, origin=owners[id(loan.lender)])
         home.enter(settle(home.ledger, loan))
         return loan.num_tokens
-
-
-def _joined(
-    layout: GroupStep, num_tokens: Sequence[int], page_size: int, past: KeysValues, fresh: KeysValues
-) -> Packed:
-    """Per sequence the tokens it sees of its past, then its new ones."""
-    keys, values, lengths = list[Tensor](), list[Tensor](), list[int]()
-    read = used = 0
-    for span, count in zip(layout.spans, num_tokens, strict=True):
-        seen = slice(read + span.offset, read + span.offset + span.length)
-        new = slice(used, used + count)
-        keys += [past.keys[seen], fresh.keys[new]]
-        values += [past.values[seen], fresh.values[new]]
-        lengths.append(span.length + count)
-        read, used = read + span.num_pages * page_size, used + count
-    return Packed(torch.cat(keys), torch.cat(values), tuple(lengths))

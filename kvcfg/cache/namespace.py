@@ -31,7 +31,7 @@ def namespace(experiment: ExperimentConfig, *, adapter: str | None = None, calib
     params = experiment.to_params()
     return fingerprint(
         {
-            "model": _model_identity(experiment.model),
+            "model": model_identity(experiment.model),
             "adapter": adapter,
             "source_dtype": experiment.model.dtype,
             "calibration": calibration,
@@ -48,8 +48,8 @@ def _stored_as(group: KVCacheParams) -> list[object]:
     return [group.kind, group.window, *heads, str(group.storage)]
 
 
-def _model_identity(model: ModelConfig) -> list[object]:
-    """Packages and ids are their name; a folder is what its config.json says and its files' sizes and times."""
+def model_identity(model: ModelConfig) -> list[object]:
+    """Which weights: packages and ids are their name; a folder is its config.json and its files' sizes and times."""
     known: list[object] = [model.name, model.package, model.id, model.outlier_scale]
     if model.path is None:
         return known

@@ -180,18 +180,26 @@ class CacheReplica:
         self._free_rows.append(row)
         self._befores.pop(seq_id, None)
 
-    def lay_out(self, seq_ids: Sequence[SeqId], num_tokens: Sequence[int], max_cache_length: int | None = None) -> Step:
+    def lay_out(
+        self,
+        seq_ids: Sequence[SeqId],
+        num_tokens: Sequence[int],
+        *,
+        ahead: int = 0,
+        max_cache_length: int | None = None,
+    ) -> Step:
         """Lay out a step of sequences that have room for it; see `Step`.
 
         Args:
             seq_ids: the batch.
             num_tokens: per sequence, tokens of the step.
+            ahead: tokens of each sequence that are stored and not committed, in groups that grow.
             max_cache_length: tokens that the page tables are to cover; None = as many as the batch needs.
 
         Raises:
             ValueError: if room is missing, or a sequence with a window was allocated and is left out.
         """
-        starts = [self.ledger.length(seq_id) for seq_id in seq_ids]
+        starts = [self.ledger.length(seq_id) + ahead for seq_id in seq_ids]
         ends = [start + count for start, count in zip(starts, num_tokens, strict=True)]
         if left_out := [seq_id for seq_id in self._befores if seq_id not in seq_ids]:
             raise ValueError(f"sequence {left_out[0]!r} was allocated too: with windows, all of them share a step")
@@ -201,7 +209,7 @@ class CacheReplica:
         for place, group in enumerate(self.params.params):
             if group.grows and growing is not None:
                 groups.append(growing)
-            elif group.stores_pages:
+            elif group.stores_pages and (group.grows or not ahead):
                 groups.append(self.lay_out_group(place, seq_ids, starts, num_tokens))
                 growing = groups[-1] if group.grows else growing
             else:

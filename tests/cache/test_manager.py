@@ -368,3 +368,31 @@ def test_many_threads_leave_counts_and_contents_whole() -> None:
     assert failures == []
     manager.check_integrity()
     assert manager.metrics().used_pages == 0
+
+
+def test_pinned_pages_outlive_their_sequence_under_pressure() -> None:
+    manager = manager_of(num_pages=5)
+    manager.claim("a", range(9))
+    serve(manager, "a", 9)
+    assert manager.pin("system prompt", "a") == 2
+    manager.release("a")
+    manager.claim("b", [7] * 12)
+    serve(manager, "b", 12)
+    manager.release("b")
+    manager.claim("c", range(9))
+    assert manager.alloc("c", 9).cached_tokens == 8
+    manager.release("c")
+    manager.unpin("system prompt")
+    manager.check_integrity()
+    assert manager.metrics().used_pages == 0
+
+
+def test_a_pin_has_a_name_of_its_own() -> None:
+    manager = manager_of()
+    manager.claim("a", range(9))
+    serve(manager, "a", 9)
+    manager.pin("x", "a")
+    with pytest.raises(ValueError, match="pin 'x' is in use"):
+        manager.pin("x", "a")
+    with pytest.raises(ValueError, match="nothing is pinned as 'y'"):
+        manager.unpin("y")
