@@ -67,6 +67,8 @@ class LedgerEngine(Protocol):
     def find(self, page_names: Sequence[Hashable]) -> Held:
         """Pages of the longest run of names; none where windows would need pages of their own."""
 
+    def num_cached(self, page_names: Sequence[Hashable]) -> int: ...
+
     def hold(self, held: Held) -> None: ...
 
     def drop(self, held: Held) -> None:

@@ -20,8 +20,11 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from threading import Lock
 
+from kvcfg.cache.compiled_steps import compiled_steps
+from kvcfg.cache.engine import Held, LedgerEngine
 from kvcfg.cache.metrics import LedgerCounters, LedgerMetrics
 from kvcfg.cache.pages import (
+    PAGELESS,
     Allocation,
     Commit,
     Forecast,
@@ -33,7 +36,6 @@ from kvcfg.cache.pages import (
     SeqId,
 )
 from kvcfg.cache.prefix import PageHasher, token_ids
-from kvcfg.cache.sequence import SequencePages, SequenceState
 from kvcfg.cache.steps import LedgerSteps
 from kvcfg.cache.tracks import PageTracks
 from kvcfg.errors import ConfigError, Problem
@@ -69,8 +71,11 @@ class PageLedger:
             Then `alloc` gives up pages that no later query sees, and a windowed group never holds more than
             window and step need; otherwise `commit` does.
         verify_tokens: keep each cached page's token ids and compare them on a hit.
+        reuse_partial_pages: where the run of cached pages ends, copy the cached page that begins like the next one;
+            only growing groups can. Keeps each cached page's token ids.
         bytes_for_pages: memory that a number of pages would take, for the override that an error offers.
         clock: seconds, for page lifetimes.
+        compiled: use the compiled engine where it can do what is asked; it does the same, several times faster.
 
     Raises:
         ConfigError: if a number is below 1 or the policy is unknown.
@@ -88,21 +93,37 @@ class PageLedger:
         num_draft_tokens: int = 0,
         reads_first: bool = False,
         verify_tokens: bool = False,
+        reuse_partial_pages: bool = False,
         bytes_for_pages: Callable[[int], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        compiled: bool = True,
     ) -> None:
         for key, value, least in (("num_pages", num_pages, 0), ("cache.kv_cache_page_size", page_size, 1)):
             if value < least:
                 raise ConfigError(Problem(key, f"must be at least {least}", value))
         self.num_pages, self.page_size, self.groups = num_pages, page_size, tuple(groups)
-        self._counters = LedgerCounters()
-        self._tracks = PageTracks(
-            self.groups, num_pages, page_size, eviction, verify_tokens, reads_first, self._counters
-        )
-        can_resume = bool(self._tracks.all) and all(group.kind != "linear" for group in self.groups)
-        self._hasher = (hasher or PageHasher()) if enable_prefix_caching and can_resume else None
-        self._steps = LedgerSteps(self._tracks, self._hasher, num_draft_tokens, bytes_for_pages, clock)
-        self._pins: dict[Hashable, list[list[int]]] = {}
+        stores_pages = any(group.kind not in PAGELESS for group in self.groups)
+        can_resume = stores_pages and all(group.kind != "linear" for group in self.groups)
+        names_pages = (hasher or PageHasher()) if enable_prefix_caching and can_resume else None
+        engine: LedgerEngine | None = None
+        if compiled and eviction == "lru" and not verify_tokens and not reuse_partial_pages:
+            engine = compiled_steps(
+                self.groups, num_pages, page_size, names_pages, num_draft_tokens, bytes_for_pages, clock
+            )
+        if engine is None:
+            tracks = PageTracks(
+                self.groups,
+                num_pages,
+                page_size,
+                eviction,
+                verify=verify_tokens,
+                reads_first=reads_first,
+                keeps_beginnings=reuse_partial_pages,
+                counters=LedgerCounters(),
+            )
+            engine = LedgerSteps(tracks, names_pages, num_draft_tokens, bytes_for_pages, clock)
+        self._engine = engine
+        self._pins: dict[Hashable, Held] = {}
         self._lock = Lock()
 
     # Life of a sequence
@@ -130,22 +151,8 @@ class PageLedger:
         Raises:
             ValueError: if `seq_id` is in use, or an id does not fit in int32.
         """
-        ids = None if tokens is None else token_ids(tokens)
-        state = SequenceState(
-            seq_id,
-            self.page_size,
-            [SequencePages() for _ in self._tracks.all],
-            ids,
-            list(names or ()),
-            priority=priority,
-        )
-        if self._hasher is not None and ids is not None and names is None:
-            state.root = self._hasher.root(salt)
-            state.named(len(ids) // self.page_size, self._hasher)
-        state.measure()
         with self._lock:
-            self._check_unused(seq_id)
-            self._steps.sequences[seq_id] = state
+            self._engine.claim(seq_id, tokens, salt, names, priority)
 
     def extend(self, seq_id: SeqId, tokens: Iterable[int]) -> None:
         """Add ids of tokens that follow (sampled, drafted, the next turn's) before they are committed.
@@ -155,17 +162,15 @@ class PageLedger:
         """
         added = token_ids(tokens)
         with self._lock:
-            state = self._state(seq_id)
-            if state.ids is None:
-                raise ValueError(f"sequence {seq_id!r} was claimed without token ids")
-            state.ids += added
+            self._engine.extend(seq_id, added)
 
     def alloc(self, seq_id: SeqId, num_new_tokens: int, *, lookahead: int = 0) -> Allocation:
         """Make room for tokens beyond the sequence's length: whole, or CapacityError and nothing changed.
 
         With more than one new token the prefix cache is asked first, and the length advances over what it holds,
         though never over the last of the new tokens: at least one is computed. Repeating a call takes nothing
-        more. A windowed group gets pages only for new tokens that a query after the coming commit can see; the
+        more. Where partial pages are reused, a page of the sequence may begin as a copy of a cached one. A windowed
+        group gets pages only for new tokens that a query after the coming commit can see; the
         caller hands the others to this step's attention without storing them.
 
         Args:
@@ -178,7 +183,7 @@ class PageLedger:
             ValueError: if the sequence is unknown or a number is negative.
         """
         with self._lock:
-            return self._steps.alloc(self._state(seq_id), num_new_tokens, lookahead)
+            return self._engine.alloc(seq_id, num_new_tokens, lookahead)
 
     def commit(self, seq_id: SeqId, num_tokens: int, *, num_drafts: int | None = None, copied: bool = False) -> Commit:
         """Count tokens as stored: the length advances, pages that are full and final close.
@@ -193,10 +198,9 @@ class PageLedger:
             ValueError: if the sequence is unknown, or has no slots or ids for as many tokens.
         """
         with self._lock:
-            done = self._steps.commit([self._state(seq_id)], num_tokens, num_drafts)
+            done = self._engine.commit((seq_id,), num_tokens, num_drafts)
             if copied:
-                self._counters.input_tokens -= num_tokens
-                self._counters.cache_tokens += num_tokens
+                self._engine.count_copied(num_tokens)
             return done
 
     def alloc_batch(
@@ -229,22 +233,22 @@ class PageLedger:
         if ids is not None and (num_new_tokens != 1 or len(ids) != len(seq_ids)):
             raise ValueError(f"{len(ids)} token ids do not make {num_new_tokens} for each of {len(seq_ids)} sequences")
         with self._lock:
-            return self._steps.alloc_batch(self._states(seq_ids), num_new_tokens, ids, lookahead)
+            return self._engine.alloc_batch(seq_ids, num_new_tokens, ids, lookahead)
 
     def commit_batch(self, seq_ids: Sequence[SeqId], num_tokens: int = 1, *, num_drafts: int | None = None) -> Commit:
         """`commit` for every sequence of a batch, or for none."""
         with self._lock:
-            return self._steps.commit(self._states(seq_ids), num_tokens, num_drafts)
+            return self._engine.commit(seq_ids, num_tokens, num_drafts)
 
     def truncate(self, seq_id: SeqId, length: int) -> None:
         """Take back tokens: length and ids end at `length`, pages and slots after it are free.
 
         Raises:
-            ValueError: if the sequence is unknown or shorter; if `length` lies inside a closed page that is
-                cached or shared, which cannot be opened again; if a window has moved on past it.
+            ValueError: if the sequence is unknown or shorter; if `length` lies inside a closed page, which is never
+                opened again; if a window has moved on past it.
         """
         with self._lock:
-            self._steps.truncate(self._state(seq_id), length)
+            self._engine.truncate(seq_id, length)
 
     def fork(self, parent: SeqId, child: SeqId) -> tuple[PageCopy, ...]:
         """Begin `child` as a copy of `parent`: closed pages are shared, open ones get a page of their own.
@@ -257,9 +261,7 @@ class PageLedger:
             ValueError: if the parent is unknown or the child is in use.
         """
         with self._lock:
-            state = self._state(parent)
-            self._check_unused(child)
-            return self._steps.fork(state, child)
+            return self._engine.fork(parent, child)
 
     def release(self, seq_id: SeqId, *, head_first: bool = False) -> None:
         """End a sequence. Its pages are free again; what they hold stays cached until they are handed out.
@@ -273,7 +275,7 @@ class PageLedger:
             ValueError: if the sequence is unknown.
         """
         with self._lock:
-            self._steps.release(self._state(seq_id), head_first)
+            self._engine.release(seq_id, head_first)
 
     # The prefix cache
 
@@ -288,9 +290,7 @@ class PageLedger:
         """
         with self._lock:
             self._check_pin(name)
-            state = self._state(seq_id)
-            held = [item.pages[: max(state.closed - item.first, 0)] for item in state.pages]
-            return sum(len(pages) for pages in self._hold(name, held))
+            return sum([len(pages) for pages in self._hold(name, self._engine.closed_pages(seq_id))])
 
     def lend(self, name: Hashable, page_names: Sequence[Hashable]) -> tuple[int, ...]:
         """Pin the pages of the longest run of these names, so that another replica can copy them, until `unpin(name)`.
@@ -305,8 +305,8 @@ class PageLedger:
         """
         with self._lock:
             self._check_pin(name)
-            held = [list[int]() if self._tracks.windowed else track.index.run(page_names) for track in self._tracks.all]
-            return tuple(self._hold(name, held)[0]) if held else ()
+            held = self._hold(name, self._engine.find(page_names))
+            return tuple(held[0]) if held else ()
 
     def unpin(self, name: Hashable) -> None:
         """Let go of pinned pages.
@@ -317,57 +317,50 @@ class PageLedger:
         with self._lock:
             if name not in self._pins:
                 raise ValueError(f"nothing is pinned as {name!r}")
-            for track, pages in zip(self._tracks.all, self._pins.pop(name), strict=True):
-                track.drop(pages[::-1])
+            self._engine.drop(self._pins.pop(name))
 
     def reset_prefix_cache(self) -> int:
         """Forget the cached pages that no sequence uses and no pin holds; how many there were."""
         with self._lock:
-            return sum([track.forget_unused() for track in self._tracks.all])
+            return self._engine.forget_unused()
 
     # Questions
 
     def __contains__(self, seq_id: object) -> bool:
-        return seq_id in self._steps.sequences
+        return seq_id in self._engine
 
     def __len__(self) -> int:
-        return len(self._steps.sequences)
+        return len(self._engine)
 
     def length(self, seq_id: SeqId) -> int:
         """Tokens of a sequence that are stored."""
         with self._lock:
-            return self._state(seq_id).length
+            return self._engine.length(seq_id)
 
     def room(self, seq_id: SeqId) -> int:
         """Slots that a sequence has beyond its length."""
         with self._lock:
-            state = self._state(seq_id)
-            return state.capacity - state.length
+            return self._engine.room(seq_id)
 
     def num_cached(self, page_names: Sequence[Hashable]) -> int:
         """How many of these names, from the first on, every growing group has a page for."""
         with self._lock:
-            growing = [track for track in self._tracks.all if not track.windowed]
-            return min([len(track.index.run(page_names)) for track in growing], default=0)
+            return self._engine.num_cached(page_names)
 
     def page_names(self, seq_id: SeqId, num_new_tokens: int) -> tuple[Hashable, ...]:
         """Names of the pages, after those stored in full, that `alloc` of as many tokens would look for."""
         with self._lock:
-            return self._steps.open_names(self._state(seq_id), num_new_tokens)
+            return self._engine.page_names(seq_id, num_new_tokens)
 
     def page_table(self, seq_id: SeqId, group: int = 0) -> PageTable:
         """Pages of a sequence in one group; none for shared and linear groups."""
         with self._lock:
-            state = self._state(seq_id)
-            if group not in self._tracks.of_group:
-                return PageTable(0, ())
-            held = state.pages[self._tracks.of_group[group]]
-            return PageTable(held.first, tuple(held.pages))
+            return self._engine.table(seq_id, group)
 
     def forecast(self, seq_id: SeqId, num_new_tokens: int, *, lookahead: int = 0) -> Forecast:
         """What `alloc` with these arguments would do; nothing changes."""
         with self._lock:
-            return self._steps.forecast(self._state(seq_id), num_new_tokens, lookahead)
+            return self._engine.forecast(seq_id, num_new_tokens, lookahead)
 
     def check_integrity(self) -> None:
         """Recount everything from the sequences.
@@ -376,54 +369,23 @@ class PageLedger:
             AssertionError: if counts, free order, index and page tables disagree, or an open page has two holders.
         """
         with self._lock:
-            self._tracks.check_integrity(self._steps.sequences.values(), self._pins.values())
+            self._engine.check_integrity(self._pins.values())
 
     def metrics(self) -> LedgerMetrics:
         """The counters as they are now."""
         with self._lock:
-            tracks, counters = self._tracks.all, self._counters
-            return LedgerMetrics(
-                num_pages=sum(track.pool.num_pages for track in tracks),
-                used_pages=sum(track.pool.num_pages - track.pool.num_free for track in tracks),
-                cached_pages=sum(len(track.index) for track in tracks),
-                evictable_pages=sum(track.evictable for track in tracks),
-                input_tokens=counters.input_tokens,
-                cache_tokens=counters.cache_tokens,
-                evictions=counters.evictions,
-                refusals=counters.refusals,
-                page_lifetimes=dict(sorted(counters.lifetimes.items())),
-            )
+            return self._engine.metrics()
 
     def reset_metrics(self) -> None:
         """Count tokens, evictions, refusals and lifetimes from zero again."""
         with self._lock:
-            self._counters.reset()
-
-    def _state(self, seq_id: SeqId) -> SequenceState:
-        state = self._steps.sequences.get(seq_id)
-        if state is None:
-            raise ValueError(f"sequence {seq_id!r} is not claimed")
-        return state
-
-    def _states(self, seq_ids: Sequence[SeqId]) -> list[SequenceState]:
-        try:
-            states = [self._steps.sequences[seq_id] for seq_id in seq_ids]
-        except KeyError as error:
-            raise ValueError(f"sequence {error.args[0]!r} is not claimed") from None
-        if len(set(seq_ids)) < len(states):
-            raise ValueError("a sequence is named twice in one batch")
-        return states
-
-    def _check_unused(self, seq_id: SeqId) -> None:
-        if seq_id in self._steps.sequences:
-            raise ValueError(f"sequence {seq_id!r} is claimed already; release it first")
+            self._engine.reset_metrics()
 
     def _check_pin(self, name: Hashable) -> None:
         if name in self._pins:
             raise ValueError(f"pin {name!r} is in use; unpin it first")
 
-    def _hold(self, name: Hashable, held: list[list[int]]) -> list[list[int]]:
-        for track, pages in zip(self._tracks.all, held, strict=True):
-            track.hold(pages)
+    def _hold(self, name: Hashable, held: Held) -> Held:
+        self._engine.hold(held)
         self._pins[name] = held
         return held

@@ -92,11 +92,13 @@ class Allocation(NamedTuple):
         length: tokens of the sequence that are stored now; the next one to compute has this position.
         new_pages: runs of the page tables that are new or changed, hits included; what the others hold is
             undefined.
+        copies: what the caller must copy before anything is written; those tokens count as cached.
     """
 
     cached_tokens: int
     length: int
     new_pages: tuple[PageRun, ...]
+    copies: tuple[PageCopy, ...] = ()
 
 
 class Commit(NamedTuple):

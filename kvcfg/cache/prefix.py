@@ -135,24 +135,26 @@ def token_ids(tokens: Iterable[int]) -> array[int]:
     """
     if isinstance(tokens, array) and tokens.typecode == "i":
         return tokens[:]
-    ids = _narrowed(tokens)
+    wide = wide_ids(tokens)
+    ids = None if wide is None else narrowed(wide)
     if ids is not None:
         return ids
     try:
         listed = tokens.tolist() if hasattr(tokens, "tolist") else tokens
-        return array("i", list(listed) if isinstance(listed, bytes | bytearray) else listed)
-    except (OverflowError, TypeError) as error:
+        numbers = listed if isinstance(listed, list) else list(listed)
+        return array("i", struct.pack(f"{len(numbers)}i", *numbers))
+    except (struct.error, TypeError) as error:
         raise ValueError(f"token ids must be integers below 2**31, in one dimension: {error}") from None
 
 
-def _narrowed(tokens: object) -> array[int] | None:
-    """A buffer of int64 as int32 without a Python integer per token; None if it is none, short, or does not fit."""
+def wide_ids(tokens: object) -> bytes | None:
+    """The bytes of a buffer of int64, not a short one: it is narrowed without a Python integer per token."""
     try:
         view = memoryview(tokens)  # type: ignore[arg-type]
     except TypeError:
         return None
     is_wide = view.ndim == 1 and view.format in ("q", "l") and view.itemsize == 8
-    return narrowed(view.tobytes()) if is_wide and len(view) > _FEW_TOKENS else None
+    return view.tobytes() if is_wide and len(view) > _FEW_TOKENS else None
 
 
 def _find(algorithm: str) -> Callable[[bytes], bytes]:

@@ -84,6 +84,7 @@ class CacheReplica:
             hasher=options.hasher,
             eviction=options.eviction,
             verify_tokens=options.verify_prefix_tokens,
+            reuse_partial_pages=options.reuse_partial_pages,
             num_draft_tokens=params.num_draft_tokens,
             reads_first=True,
             bytes_for_pages=self._bytes_per_device,
@@ -124,6 +125,7 @@ class CacheReplica:
         befores = self._windows(seq_id)
         done = self.ledger.alloc(seq_id, num_new_tokens, lookahead=lookahead)
         self.tables.apply(self._rows[seq_id], done.new_pages)
+        self.copy(done.copies)
         if self._windowed:
             found = done.cached_tokens > 0
             self._befores[seq_id] = self._windows(seq_id) if found else self._befores.get(seq_id, befores)

@@ -67,6 +67,10 @@ class SequenceState:
                 names += hasher.chain(parent, self.ids, self.page_size, len(names), end)
         return names if len(names) <= num_pages else names[:num_pages]
 
+    def parent(self, page: int) -> Hashable:
+        """The name before the one of a page; the names up to there are known."""
+        return self.names[page - 1] if page else self.root
+
     def page_ids(self) -> PageIds | None:
         """Where the token ids of a page are read from, if they are known."""
         ids, size = self.ids, self.page_size

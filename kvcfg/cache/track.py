@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from kvcfg.cache.beginnings import Beginnings
 from kvcfg.cache.index import PageIds, PrefixIndex
 from kvcfg.cache.metrics import LedgerCounters
 from kvcfg.cache.pages import PageGroup
@@ -24,6 +25,7 @@ class PagePlan(NamedTuple):
         unstored: pages after those that get no storage: no query after the coming commit will see them.
         fresh: new pages after those.
         dropped: own pages that are given up.
+        guarded: cached pages that are copied from, so that they must not be among the new ones.
     """
 
     held: SequencePages
@@ -33,6 +35,12 @@ class PagePlan(NamedTuple):
     unstored: int
     fresh: int
     dropped: list[int]
+    guarded: list[int] = []  # noqa: RUF012
+
+    @property
+    def found(self) -> list[int]:
+        """Cached pages that the change relies on."""
+        return self.hits + self.guarded
 
 
 Closing = tuple[SequenceState, SequencePages, int, Sequence[Hashable]]
@@ -67,17 +75,27 @@ class PageTrack:
         page_size: tokens in a page.
         eviction: the pool's eviction policy.
         verify: whether token ids are compared before a cached page is trusted.
+        keeps_beginnings: whether cached pages can be found by their first tokens.
 
     Attributes:
+        beginnings: cached pages by their first tokens; None if they are not kept.
         evictable: cached pages without a reference.
     """
 
     def __init__(
-        self, groups: tuple[int, ...], group: PageGroup, num_pages: int, page_size: int, eviction: str, verify: bool
+        self,
+        groups: tuple[int, ...],
+        group: PageGroup,
+        num_pages: int,
+        page_size: int,
+        eviction: str,
+        verify: bool,
+        keeps_beginnings: bool,
     ) -> None:
         self.groups, self.group, self.page_size, self.null_page = groups, group, page_size, num_pages
         self.index = PrefixIndex(num_pages, verify=verify)
         self.pool = PagePool(num_pages, self.index.keys, eviction)
+        self.beginnings = Beginnings() if keeps_beginnings else None
         self.windowed = group.window is not None
         self.evictable = 0
 
@@ -166,6 +184,8 @@ class PageTrack:
             self.evictable -= self.pool.hold(plan.hits)
             if self.pool.weighs:
                 self.pool.hit(plan.hits)
+        if plan.guarded:
+            self.hold(plan.guarded)
         if plan.dropped:
             self.drop(plan.dropped[::-1])
 
@@ -187,6 +207,8 @@ class PageTrack:
         pages = self.pool.take(count)
         births = self.index.forget(pages) if pages else None
         if births:
+            if self.beginnings is not None:
+                self.beginnings.forget(pages)
             self.evictable -= len(births)
             counters.evicted(births, now)
         return pages
@@ -224,12 +246,22 @@ class PageTrack:
                 ids = sequence.page_ids()
                 contents += [b"" if ids is None else ids(place) for place in named]
         owners = self.index.name(pages, keys, now, contents)
+        if self.beginnings is not None:
+            self._keep_beginnings(self.beginnings, closed)
         swaps = {} if owners == pages else dict(pair for pair in zip(pages, owners, strict=True) if pair[0] != pair[1])
         for item in closed if swaps or self.pool.weighs else ():
             own = [page for page in self.stored(item.pages) if page not in swaps]
             self.pool.cached(own, item.sequence.priority)
             self._adopt(item, swaps)
         return closed
+
+    def _keep_beginnings(self, beginnings: Beginnings, closed: list[Closed]) -> None:
+        """Let the pages that have just got their name be found by their first tokens."""
+        for sequence, _, first, pages, _ in closed:
+            ids = sequence.page_ids()
+            for place, page in enumerate(pages, first):
+                if ids is not None and sequence.root is not None and self.index.keys[page] == sequence.names[place]:
+                    beginnings.add(page, sequence.parent(place), ids(place))
 
     def _adopt(self, closed: Closed, swaps: Mapping[int, int]) -> None:
         """Go on with the pages that had the names before."""
@@ -261,6 +293,8 @@ class PageTrack:
         """Take the names away from pages that nothing refers to; how many had one."""
         unused = [page for page in self.index.pages() if not self.pool.references(page)]
         self.index.forget(unused)
+        if self.beginnings is not None:
+            self.beginnings.forget(unused)
         self.pool.requeue()
         self.evictable = 0
         return len(unused)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
+from kvcfg.cache.beginnings import Beginning
 from kvcfg.cache.metrics import LedgerCounters
 from kvcfg.cache.pages import GROWING, WINDOWED, Commit, PageCopy, PageGroup, PageRun
 from kvcfg.cache.prefix import PageHasher
@@ -27,6 +28,8 @@ class PageTracks:
         eviction: eviction policy of every pool.
         verify: whether token ids are compared before a cached page is trusted.
         reads_first: whether pages that only the current step sees are given up before it is stored.
+        keeps_beginnings: whether cached pages can be found by their first tokens; windowed pools cannot do with
+            part of a window, so that with one among them none is kept.
         counters: where evictions are counted.
     """
 
@@ -36,19 +39,23 @@ class PageTracks:
         num_pages: int,
         page_size: int,
         eviction: str,
+        *,
         verify: bool,
         reads_first: bool,
+        keeps_beginnings: bool,
         counters: LedgerCounters,
     ) -> None:
         self.groups, self.page_size, self.reads_first, self.counters = tuple(groups), page_size, reads_first, counters
         growing = tuple(place for place, group in enumerate(groups) if group.kind in GROWING)
         shares = [(growing, num_pages)] if growing else []
         shares += [((place,), group.num_pages or 0) for place, group in enumerate(groups) if group.kind in WINDOWED]
+        self.windowed = len(shares) > bool(growing)
+        keeps_beginnings = keeps_beginnings and not self.windowed
         self.all = [
-            PageTrack(places, groups[places[0]], pages, page_size, eviction, verify) for places, pages in shares
+            PageTrack(places, groups[places[0]], pages, page_size, eviction, verify, keeps_beginnings)
+            for places, pages in shares
         ]
         self._verifies = verify
-        self.windowed = any(track.windowed for track in self.all)
         self.no_hits: list[list[int]] = [[] for _ in self.all]
         self.of_group = {place: number for number, track in enumerate(self.all) for place in track.groups}
 
@@ -92,6 +99,21 @@ class PageTracks:
                 end = track.longest_hit(names, held, start, end, ids)
         return end
 
+    def beginning(self, state: SequenceState, hit_end: int, limit: int) -> Beginning | None:
+        """A cached page whose first tokens are those of a sequence's page `hit_end`, if that gets it further.
+
+        Args:
+            state: the sequence.
+            hit_end: the page after its last hit, or after its closed ones.
+            limit: position of the first token that must not be found.
+        """
+        start, kept = hit_end * self.page_size, self.all[0].beginnings if self.all else None
+        if kept is None or state.ids is None or state.root is None:
+            return None
+        ids = state.ids[start : min(limit, start + self.page_size)]
+        found = kept.longest(state.parent(hit_end), ids.tobytes())
+        return found if found is not None and start + found.num_tokens > state.length else None
+
     def plan(
         self, state: SequenceState, hit_end: int, hits: list[list[int]], slots: int, next_query: int
     ) -> list[PagePlan]:
@@ -107,7 +129,7 @@ class PageTracks:
             needed = 0
             for _, plans in changes:
                 plan = plans[number]
-                needed += plan.fresh + len(plan.hits)
+                needed += plan.fresh + len(plan.hits) + len(plan.guarded)
             if needed > track.pool.num_free:  # unless hits are in use by others, or pages are given up
                 needed, free = self._needed_and_free(track, [plans[number] for _, plans in changes])
                 if needed > free:
@@ -125,7 +147,7 @@ class PageTracks:
             page_size=self.page_size,
             num_pages=track.pool.num_pages,
             free=free,
-            evictable=track.evictable - sum([track.pool.count_free(plan.hits) for plan in plans]),
+            evictable=track.evictable - sum([track.pool.count_free(plan.found) for plan in plans]),
             needed=needed,
             in_all=sum([len(plan.kept) + len(plan.hits) + plan.fresh for plan in plans]),
             sequences=sequences,
@@ -134,7 +156,7 @@ class PageTracks:
     def _needed_and_free(self, track: PageTrack, plans: list[PagePlan]) -> tuple[int, int]:
         """New pages that plans need of one pool, and those that are free for them once hits and drops are done."""
         pool = track.pool
-        free = pool.num_free - sum([pool.count_free(plan.hits) for plan in plans])
+        free = pool.num_free - sum([pool.count_free(plan.found) for plan in plans])
         needed = sum([plan.fresh for plan in plans])
         if needed > free:
             given_up = Counter([page for plan in plans for page in track.stored(plan.dropped)])
@@ -151,6 +173,8 @@ class PageTracks:
             used = 0
             for state, plans in changes:
                 plan = plans[number]
+                if plan.guarded:
+                    track.drop(plan.guarded)
                 first, added = track.fill(plan, pages[used : used + plan.fresh])
                 used += plan.fresh
                 if added:
@@ -189,17 +213,6 @@ class PageTracks:
                     return False
         return True
 
-    def can_reopen(self, state: SequenceState, length: int) -> bool:
-        """Whether the pages that hold token `length` are the sequence's alone, so that it may write them again."""
-        page, inside = divmod(length, self.page_size)
-        if not inside:
-            return True
-        for track, held in zip(self.all, state.pages, strict=True):
-            for opened in track.stored(held.pages[max(page - held.first, 0) :][:1] if page >= held.first else []):
-                if track.index.keys[opened] is not None or track.pool.references(opened) > 1:
-                    return False
-        return True
-
     def cut(self, state: SequenceState, length: int) -> None:
         """Give up the pages after those that hold the first `length` tokens, the last one first."""
         end = ceil_div(length, self.page_size)
@@ -208,6 +221,11 @@ class PageTracks:
             if surplus:
                 del held.pages[-len(surplus) :]
                 track.drop(surplus[::-1])
+
+    def copies(self, state: SequenceState, place: int, source: int) -> tuple[PageCopy, ...]:
+        """What fills a sequence's page `place` from another page of its pool, in every group."""
+        (track,), (held,) = self.all, state.pages
+        return tuple([PageCopy(group, source, held.pages[place]) for group in track.groups])
 
     def plan_fork(self, state: SequenceState) -> list[PagePlan]:
         """New pages for the open ones of a sequence; its closed ones are kept, to be shared."""

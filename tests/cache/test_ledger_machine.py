@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from kvcfg.cache.compiled_steps import compiled_steps
 from kvcfg.cache.eviction import POLICIES
-from kvcfg.cache.ledger import PageLedger
+from kvcfg.cache.ledger import PageGroup, PageLedger
 from kvcfg.errors import CapacityError
 
 PAGES, SIZE = 10, 3
@@ -56,8 +58,8 @@ class Row:
 class Naive:
     """One pool, told with lists: slow, and short enough to be believed."""
 
-    def __init__(self, policy: str, drafts: int, caching: bool) -> None:
-        self.policy, self.drafts, self.caching = policy, drafts, caching
+    def __init__(self, policy: str, drafts: int, caching: bool, partial: bool) -> None:
+        self.policy, self.drafts, self.caching, self.partial = policy, drafts, caching, partial
         self.free = list(range(PAGES))  # the longest free first
         self.refs = [0] * PAGES
         self.named: dict[int, Any] = {}
@@ -91,8 +93,25 @@ class Naive:
         if not self.refs[page]:
             self.free.append(page)
 
-    def alloc(self, row: Row, count: int, lookahead: int) -> int | None:
-        """Cached tokens, or None if refused."""
+    def beginning(self, row: Row, place: int, limit: int) -> tuple[int, int] | None:
+        """A cached page that follows the same page and has most of the tokens from `place` to `limit`."""
+        own = row.ids[place * SIZE : min(limit, (place + 1) * SIZE)]
+        alike = []
+        for page, (salt, ids) in self.named.items():
+            if salt == row.salt and len(ids) == (place + 1) * SIZE and list(ids[: place * SIZE]) == row.ids[: place * SIZE]:
+                other = list(ids[place * SIZE :])
+                same = next((n for n, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), len(own))
+                alike.append((same, other >= own, (1 if other >= own else -1) * self.rank(other), page))
+        # Of equals the first one that is not before the sequence's own tokens, else the last one before them.
+        best = max(alike, key=lambda item: (item[0], item[1], -item[2]), default=(0, False, 0, 0))
+        return (best[3], best[0]) if place * SIZE + best[0] > row.length and best[0] else None
+
+    def rank(self, ids: list[int]) -> int:
+        """Where token ids stand among others."""
+        return sum(token << (SIZE - number) for number, token in enumerate(ids))
+
+    def alloc(self, row: Row, count: int, lookahead: int) -> tuple[int, list[tuple[int, int]]] | None:
+        """Cached tokens and pages to copy, or None if refused."""
         target, closed, hits = row.length + count, row.final // SIZE, []
         if count > 1 and self.caching:
             for place in range(closed, (min(target - 1, len(row.ids))) // SIZE):
@@ -105,23 +124,34 @@ class Naive:
         surrendered = row.table[closed:] if hits else []
         kept = row.table[:closed] if hits else row.table
         needed = max(0, -(-(target + lookahead) // SIZE) - len(kept) - len(hits))
-        revived = sum(page in self.free for page in hits)
-        if needed > len(self.free) - revived + len(surrendered):
+        free = len(self.free) - sum(page in self.free for page in hits) + len(surrendered)
+        if needed > free:
             return None
+        place, source = closed + len(hits), None
+        if self.partial and self.caching and count > 1:
+            source = self.beginning(row, place, target - 1)
+        if source and needed > free - (source[0] in self.free):
+            source = None
         for page in hits:
             self.hold(page)
             self.weights["lfu"][page] += 1
+        if source:
+            self.hold(source[0])
         for page in reversed(surrendered):
             self.drop(page)
         row.table = kept + hits + [self.take() for _ in range(needed)]
-        cached = 0
+        if source:
+            self.drop(source[0])
+        before = row.length
         if hits:
-            cached = (closed + len(hits)) * SIZE - row.length
-            row.length = row.final = row.length + cached
+            row.length = row.final = place * SIZE
+        if source:
+            row.length = row.final = place * SIZE + source[1]
+        cached = row.length - before
         self.cached += cached
         self.inputs += max(0, target - max(row.counted, row.length))
         row.counted = max(row.counted, target, row.length)
-        return cached
+        return cached, [(source[0], row.table[place])] if source else []
 
     def commit(self, row: Row, count: int) -> None:
         row.length += count
@@ -156,14 +186,20 @@ class Naive:
 class LedgerMachine(RuleBasedStateMachine):
     """The ledger does what the model does: same pages, same lengths, same refusals."""
 
-    policy, drafts, caching = "lru", 0, True
+    policy, drafts, caching, compiled, partial = "lru", 0, True, False, False
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = PageLedger(
-            PAGES, SIZE, eviction=self.policy, num_draft_tokens=self.drafts, enable_prefix_caching=self.caching
+            PAGES,
+            SIZE,
+            eviction=self.policy,
+            num_draft_tokens=self.drafts,
+            enable_prefix_caching=self.caching,
+            reuse_partial_pages=self.partial,
+            compiled=self.compiled,
         )
-        self.model = Naive(self.policy, self.drafts, self.caching)
+        self.model = Naive(self.policy, self.drafts, self.caching, self.partial)
         self.written: dict[tuple[int, int], Any] = {}
         self.next_id = 0
 
@@ -204,14 +240,19 @@ class LedgerMachine(RuleBasedStateMachine):
         count = min(count, len(row.ids) - row.length)
         forecast = self.ledger.forecast(seq_id, count, lookahead=lookahead)
         free, before = len(self.model.free), [row.copy() for row in self.model.rows.values()]
-        cached = self.model.alloc(row, count, lookahead)
-        assert forecast.fits == (cached is not None)
-        if cached is None:
+        found = self.model.alloc(row, count, lookahead)
+        assert forecast.fits == (found is not None)
+        if found is None:
             with pytest.raises(CapacityError, match="out of pages"):
                 self.ledger.alloc(seq_id, count, lookahead=lookahead)
             assert before == [row.copy() for row in self.model.rows.values()]
             return
+        cached, copies = found
         done = self.ledger.alloc(seq_id, count, lookahead=lookahead)
+        assert [(copy.source, copy.target) for copy in done.copies] == copies
+        for source, target in copies:
+            for offset in range(SIZE):
+                self.written[target, offset] = self.written.get((source, offset))
         assert (done.cached_tokens, done.length) == (cached, row.length) == (forecast.cached_tokens, row.length)
         if not cached:
             assert free - len(self.model.free) == forecast.pages
@@ -234,7 +275,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.ledger.alloc_batch(list(chosen), tokens=[token] * len(chosen))
         for row in chosen.values():
-            assert self.model.alloc(row, 1, 0) == 0
+            assert self.model.alloc(row, 1, 0) == (0, [])
             row.ids.append(token)
             self.write(row, row.length, row.length + 1)
         self.ledger.commit_batch(list(chosen))
@@ -247,10 +288,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         seq_id, row = chosen
         length = row.length - back
-        inside = length % SIZE and length < row.final // SIZE * SIZE
-        if length < 0 or (
-            inside and (row.table[length // SIZE] in self.model.named or self.model.refs[row.table[length // SIZE]] > 1)
-        ):
+        if length < 0 or (length % SIZE and length < row.final // SIZE * SIZE):
             with pytest.raises(ValueError, match="cannot cut"):
                 self.ledger.truncate(seq_id, length)
             return
@@ -339,12 +377,28 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.metrics().used_pages == 0
 
 
+def run(**options: Any) -> None:
+    if options.get("compiled") and compiled_steps([PageGroup("kv")], 1, 1, None, 0, None, time.monotonic) is None:
+        pytest.skip("no C++ compiler")
+    run_state_machine_as_test(type("Machine", (LedgerMachine,), options), settings=MANY)
+
+
 @pytest.mark.parametrize("drafts", [0, 2])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_ledger_agrees_with_the_model(policy: str, drafts: int) -> None:
-    machine = type("Machine", (LedgerMachine,), {"policy": policy, "drafts": drafts})
-    run_state_machine_as_test(machine, settings=MANY)
+    run(policy=policy, drafts=drafts)
 
 
-def test_ledger_agrees_with_the_model_without_a_prefix_cache() -> None:
-    run_state_machine_as_test(type("Machine", (LedgerMachine,), {"caching": False}), settings=MANY)
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_compiled_ledger_agrees_with_the_model(drafts: int) -> None:
+    run(compiled=True, drafts=drafts)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ledger_agrees_with_the_model_without_a_prefix_cache(compiled: bool) -> None:
+    run(compiled=compiled, caching=False)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_ledger_agrees_with_the_model_where_partial_pages_are_reused(policy: str) -> None:
+    run(partial=True, policy=policy)

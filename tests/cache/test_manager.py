@@ -274,6 +274,21 @@ def test_a_prompt_goes_to_the_replica_that_has_it() -> None:
     assert manager.claim("c", [5] * 9) == 0
 
 
+def test_a_page_left_in_its_middle_is_copied_up_to_there() -> None:
+    manager = manager_of(reuse_partial_pages=True)
+    manager.claim("a", range(9))
+    serve(manager, "a", 9, seed=5)
+    manager.claim("b", [0, 1, 2, 3, 4, 5, 99, 98])
+    done = manager.alloc("b", 8)
+    assert done.cached_tokens == 6
+    assert torch.equal(manager.view("b", 1).keys, numbers(9, 6)[0][:6])
+    step = manager.lay_out(["b"])
+    for layer in range(2):
+        manager.append(step, layer, *numbers(2, 50))
+    manager.commit("b", 2)
+    assert torch.equal(manager.view("a", 1).keys, numbers(9, 6)[0])
+
+
 def test_a_linear_layer_keeps_a_state_that_a_fork_copies_and_a_release_clears() -> None:
     linear = group_of(kind="linear", state_bytes=6, num_layers=1)
     manager = manager_of(group_of(), linear, enable_prefix_caching=True)

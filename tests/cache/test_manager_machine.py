@@ -273,6 +273,16 @@ def test_every_eviction_policy_keeps_content_apart(eviction: str) -> None:
     run_state_machine_as_test(machine([group_of(PLAIN)], CacheOptions(eviction=eviction)), settings=MANY)
 
 
+@pytest.mark.parametrize("name", ["float32", "int8"])
+def test_pages_reused_in_part_hold_what_was_copied(name: str) -> None:
+    options = CacheOptions(reuse_partial_pages=True)
+    run_state_machine_as_test(machine([group_of(recipe_of(name))], options), settings=MANY)
+
+
+def test_verified_hits_read_the_same() -> None:
+    run_state_machine_as_test(machine([group_of(PLAIN)], CacheOptions(verify_prefix_tokens=True)), settings=MANY)
+
+
 def test_nothing_is_shared_without_prefix_caching() -> None:
     options = CacheOptions(enable_prefix_caching=False)
     run_state_machine_as_test(machine([group_of(PLAIN)], options), settings=MANY)
