@@ -41,9 +41,12 @@ from kvcfg.version import __version__
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from kvcfg.cache.building import build_manager
+    from kvcfg.cache.manager import KVCacheManager
     from kvcfg.cache.paged import PagedKVCache
     from kvcfg.composition import GridPoint
     from kvcfg.evaluation.measure import evaluate
+    from kvcfg.evaluation.replay import replay_trace
     from kvcfg.integrations.loading import load
     from kvcfg.integrations.transformers import TransformersCache, build
     from kvcfg.results.row import ResultRow
@@ -59,6 +62,7 @@ __all__ = [
     "GateError",
     "GridPoint",
     "KVCacheConfig",
+    "KVCacheManager",
     "KVCacheParams",
     "KVCacheQuantizationConfig",
     "KVConnectorConfig",
@@ -74,6 +78,7 @@ __all__ = [
     "TransformersCache",
     "__version__",
     "build",
+    "build_manager",
     "compose",
     "compute_max_seq_len_fitting_in_cache",
     "compute_num_device_blocks",
@@ -82,17 +87,21 @@ __all__ = [
     "grid",
     "load",
     "plan",
+    "replay_trace",
     "validate",
 ]
 
 _LOADED_ON_FIRST_USE = {
     "GridPoint": "kvcfg.composition",
+    "KVCacheManager": "kvcfg.cache.manager",
     "PagedKVCache": "kvcfg.cache.paged",
     "ResultRow": "kvcfg.results.row",
     "TransformersCache": "kvcfg.integrations.transformers",
     "build": "kvcfg.integrations.transformers",
+    "build_manager": "kvcfg.cache.building",
     "evaluate": "kvcfg.evaluation.measure",
     "load": "kvcfg.integrations.loading",
+    "replay_trace": "kvcfg.evaluation.replay",
 }
 
 

@@ -22,6 +22,7 @@ from kvcfg.formats import FORMATS, Format, Recipe, ScaleSource
 from kvcfg.param_checks import (
     GROWING,
     PAGED,
+    CacheRole,
     LayerKind,
     SpeculativeMethod,
     params_problems,
@@ -80,6 +81,7 @@ class KVCacheParams:
         window: tokens a query of a windowed layer can see, itself included.
         value_head_dim: width of a value where it is not head_dim. MLA stores none.
         state_bytes: bytes of a linear layer's state per sequence, over all heads.
+        role: whose layers these are: the model's own (target), or those of the drafter beside it (draft).
         recipe: how pages are stored; None = what dtype and kvcache_quant_config say.
 
     Raises:
@@ -107,6 +109,7 @@ class KVCacheParams:
     window: int | None = None
     value_head_dim: int | None = None
     state_bytes: int = 0
+    role: CacheRole = "target"
     recipe: Recipe | None = None
 
     def __post_init__(self) -> None:

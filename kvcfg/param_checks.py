@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LayerKind = Literal["full", "sliding_window", "chunked", "mla", "linear", "shared"]
 SpeculativeMethod = Literal["standalone", "eagle", "mtp", "dflash"]
+CacheRole = Literal["target", "draft"]
 
 GROWING: tuple[LayerKind, ...] = ("full", "mla")
 WINDOWED: tuple[LayerKind, ...] = ("sliding_window", "chunked")
@@ -72,6 +73,8 @@ def _value_problems(params: KVCacheParams) -> list[Problem]:
     methods = get_args(SpeculativeMethod)
     if params.speculative_method is not None and params.speculative_method not in methods:
         problems.append(Problem("speculative_method", one_of(methods), params.speculative_method))
+    if params.role not in get_args(CacheRole):
+        problems.append(Problem("role", one_of(get_args(CacheRole)), params.role))
     return problems + _device_problems(params.devices)
 
 
@@ -112,6 +115,11 @@ def _shard_problems(params: KVCacheParams) -> list[Problem]:
     if params.num_draft_tokens and params.speculative_method is None:
         rule = "needs a speculative_method that makes the drafts"
         problems.append(Problem("num_draft_tokens", rule, params.num_draft_tokens, "num_draft_tokens=0"))
+    if params.role == "draft" and params.speculative_method is None:
+        problems.append(Problem("role", "needs a speculative_method whose drafter it is", "draft", "role=target"))
+    if params.role == "draft" and params.kind not in GROWING:
+        rule = "must be full or mla for a drafter, which shares the pages of layers that keep every token"
+        problems.append(Problem("kind", rule, params.kind, "kind=full"))
     return problems
 
 

@@ -139,6 +139,18 @@ class RequestSlots:
         return self.processed + self.maybe_accepted + self.query_width + self.num_draft_tokens
 
 
+def max_lengths(max_seq_length: int, max_cache_length: int, num_steps: int = 1) -> list[list[int]]:
+    """The widest query and the longest sequence of each step of a batch, `[num_steps, 2]`.
+
+    Args:
+        max_seq_length: most tokens that a sequence computes in the first step; later steps compute one.
+        max_cache_length: tokens of the longest sequence once the first step has stored its own.
+        num_steps: steps until the next batch is made.
+    """
+    first = [[max_seq_length, max_cache_length]]
+    return (first + [[1, max_cache_length + step] for step in range(1, num_steps)])[:num_steps]
+
+
 def _check_workload(max_batch_size: int | None, max_seq_len: int | None) -> None:
     given = (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len))
     problems = [Problem(key, "must be at least 1", value) for key, value in given if value is not None and value < 1]
@@ -153,8 +165,9 @@ def _allocable_blocks(
     max_seq_len: int | None,
     include_null_block: bool,
 ) -> int:
-    if available_cache_memory < 0:
-        raise ConfigError(Problem("available_cache_memory", "must be at least 0 bytes", available_cache_memory))
+    if not isinstance(available_cache_memory, int) or available_cache_memory < 0:
+        rule = "must be a whole number of bytes, 0 or more"
+        raise ConfigError(Problem("available_cache_memory", rule, available_cache_memory))
     if not params.grows:
         raise ConfigError(Problem("params", "must hold layers that grow with context to be counted in pages"))
     set_aside = (max_batch_size or 1) * sum(
@@ -164,10 +177,10 @@ def _allocable_blocks(
     blocks = max(0, per_replica - set_aside) // params.bytes_per_block
     least = 1 + int(include_null_block)
     if blocks < least:
-        pages = "one page" if least == 1 else "the null page and one page of a sequence"
+        pages = "one page takes" if least == 1 else "the null page and one page of a sequence take"
         beside = f" beside {readable_bytes(set_aside)} for windows and states" if set_aside else ""
         raise CapacityError(
-            f"{pages} take {readable_bytes(least * params.bytes_per_block)}{beside}, "
+            f"{pages} {readable_bytes(least * params.bytes_per_block)}{beside}, "
             f"a replica has {readable_bytes(per_replica)}"
         )
     return blocks

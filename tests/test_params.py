@@ -73,6 +73,21 @@ def test_memory_is_the_sum_of_its_items() -> None:
     assert memory.total == sum(items)
 
 
+def test_drafter_has_its_part_of_every_page_and_of_the_null_page() -> None:
+    target, drafter = (group(speculative_method="eagle", num_draft_tokens=2, role=role) for role in ("target", "draft"))
+    alone = MultiKVCacheParams.from_params(target).memory(10, BATCH, LENGTH)
+    both = MultiKVCacheParams.from_params(target, drafter).memory(10, BATCH, LENGTH)
+    assert (both.pages, both.page_tables) == (alone.pages, alone.page_tables)
+    assert both.draft_pages == 10 * drafter.bytes_per_block
+    assert both.total - alone.total == 11 * drafter.bytes_per_block
+
+
+@pytest.mark.parametrize("roles", [("draft",), ("draft", "target"), ("target", "draft", "target")])
+def test_drafter_stands_after_the_model(roles: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="then those of its drafter"):
+        MultiKVCacheParams.from_params(*(group(speculative_method="eagle", role=role) for role in roles))
+
+
 def test_one_more_page_takes_one_more_block() -> None:
     more = HYBRID.memory(11, BATCH, LENGTH).total - HYBRID.memory(10, BATCH, LENGTH).total
     assert more == HYBRID.bytes_per_block

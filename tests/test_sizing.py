@@ -16,6 +16,7 @@ from kvcfg.sizing import (
     compute_num_device_blocks,
     compute_num_host_blocks,
     estimated_memory_size,
+    max_lengths,
 )
 from kvcfg.units import GIB
 
@@ -167,3 +168,36 @@ def test_drafting_step_needs_room_to_write_and_to_verify() -> None:
 def test_block_draft_needs_a_slot_of_its_own(is_block_draft: bool, slots: int) -> None:
     request = RequestSlots(processed=9, active=1, num_draft_tokens=1, is_block_draft=is_block_draft)
     assert request.slots == slots
+
+
+@pytest.mark.parametrize("memory", [-1, 0.5e9, None, "1GiB"])
+def test_memory_that_is_no_number_of_bytes_is_refused(memory: Any) -> None:
+    with pytest.raises(ConfigError, match="available_cache_memory"):
+        compute_num_device_blocks(params(), memory, 1, 512)
+
+
+@given(
+    method=st.sampled_from(["standalone", "eagle", "mtp", "dflash"]),
+    drafts=st.integers(1, 16),
+    active=st.integers(1, 64),
+    accepted=st.data(),
+)
+def test_pool_holds_every_slot_that_a_step_of_the_longest_sequence_asks_for(
+    method: Any, drafts: int, active: int, accepted: st.DataObject
+) -> None:
+    drafting = params(speculative_method=method, num_draft_tokens=drafts)
+    request = RequestSlots(
+        processed=512 - active,
+        active=active,
+        num_draft_tokens=drafts,
+        is_block_draft=method == "dflash",
+        maybe_accepted=accepted.draw(st.integers(0, drafts)),
+    )
+    assert request.slots <= 512 + drafting.spec_decode_cache_slack
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows"), [(0, []), (1, [[5, 40]]), (3, [[5, 40], [1, 41], [1, 42]])], ids=["none", "one", "three"]
+)
+def test_later_steps_compute_one_token_and_are_one_longer(steps: int, rows: list[list[int]]) -> None:
+    assert max_lengths(5, 40, steps) == rows

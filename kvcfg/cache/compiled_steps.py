@@ -11,13 +11,24 @@ import weakref
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from ctypes import string_at
+from itertools import takewhile
 from math import ldexp
 from struct import unpack
 
 from kvcfg.cache.engine import Held
 from kvcfg.cache.metrics import LedgerMetrics
-from kvcfg.cache.pages import GROWING, PAGELESS, Allocation, Commit, Forecast, PageCopy, PageGroup, PageRun, PageTable
-from kvcfg.cache.pages import SeqId
+from kvcfg.cache.pages import (
+    GROWING,
+    PAGELESS,
+    Allocation,
+    Commit,
+    Forecast,
+    PageCopy,
+    PageGroup,
+    PageRun,
+    PageTable,
+    SeqId,
+)
 from kvcfg.cache.prefix import PageHasher, token_ids, wide_ids
 from kvcfg.cache.refusal import Shortage, check_commit, check_counts, check_cut, in_use, unclaimed, without_ids
 from kvcfg.errors import CapacityError
@@ -93,7 +104,7 @@ class CompiledSteps:
         self._do, self._core, self._head = functions, core, CoreHead.from_address(core)
         self._groups, self._group_names = tuple(groups), tuple(group_names)
         self._num_pages, self._page_size, self._hasher, self._drafts = num_pages, page_size, hasher, num_draft_tokens
-        self._width = 0 if hasher is None else NAME_BYTES[hasher.algorithm]
+        self._width: int = 0 if hasher is None else NAME_BYTES[hasher.algorithm]
         self._bytes_for_pages, self._clock = bytes_for_pages, clock
         self._rows: dict[SeqId, int] = {}
         self._given: dict[SeqId, list[Hashable]] = {}  # names from outside
@@ -101,6 +112,8 @@ class CompiledSteps:
         self._last_number, self._clear_at = 0, num_pages + _FEW_NAMES
         self._mark = os.urandom(max(0, self._width - 8))  # no name from outside is likely to be a number
         self._refusals = 0
+        self._last_batch: list[SeqId] | None = None
+        self._last_rows = array("Q")
         weakref.finalize(self, _delete, functions, core, self._rows)
 
     def __len__(self) -> int:
@@ -122,7 +135,8 @@ class CompiledSteps:
                 numbers, num_names = self._numbered(given), len(given)
             elif tokens is not None:
                 root = self._hasher.root(salt)
-        claim, row = self._do.claim, None
+        claim = self._do.claim
+        row: int | None = None
         wide = None if tokens is None else wide_ids(tokens)
         if wide is not None:
             row = claim(self._core, wide, len(wide) // 8, True, root, numbers, num_names)
@@ -130,6 +144,7 @@ class CompiledSteps:
             ids = None if tokens is None else token_ids(tokens)
             address, count = (None, NO_IDS) if ids is None else ids.buffer_info()
             row = claim(self._core, address, count, False, root, numbers, num_names)
+        assert row is not None
         self._rows[seq_id] = row
         if given is not None:
             self._given[seq_id] = given
@@ -228,6 +243,7 @@ class CompiledSteps:
         """End a sequence."""
         self._do.release(self._core, self._row(seq_id), head_first or self._hasher is None)
         del self._rows[seq_id]
+        self._last_batch = None
         if self._given:
             self._given.pop(seq_id, None)
 
@@ -271,9 +287,8 @@ class CompiledSteps:
 
     def find(self, page_names: Sequence[Hashable]) -> Held:
         """Pages of the longest run of names."""
-        numbers = [name if _is_name(name, self._width) else self._numbers.get(name) for name in page_names]
-        known = numbers.index(None) if None in numbers else len(numbers)
-        self._do.run(self._core, b"".join([number for number in numbers[:known] if number is not None]), known)
+        numbers = list(takewhile(bool, map(self._known, page_names)))
+        self._do.run(self._core, b"".join(numbers), len(numbers))
         return [list(self._out())]
 
     def num_cached(self, page_names: Sequence[Hashable]) -> int:
@@ -329,7 +344,9 @@ class CompiledSteps:
         references, named, found = state[::3], state[1::3], state[2::3]
         counted = [0] * self._num_pages
         rows = {seq_id: RowHead.from_address(row) for seq_id, row in self._rows.items()}
-        for page in [page for row in self._rows.values() for page in self._pages(row)] + [p for pin in pins for p in pin[0]]:
+        for page in [page for row in self._rows.values() for page in self._pages(row)] + [
+            p for pin in pins for p in pin[0]
+        ]:
             counted[page] += 1
         assert counted == list(references), "reference counts differ from what the sequences hold"
         self._do.free_pages(self._core)
@@ -357,13 +374,17 @@ class CompiledSteps:
         return row
 
     def _batch(self, seq_ids: Sequence[SeqId]) -> array[int]:
-        """Addresses of the rows."""
+        """Addresses of the rows; decode steps name the same batch again and again."""
+        if isinstance(seq_ids, list) and seq_ids == self._last_batch:
+            return self._last_rows
         try:
             rows = array("Q", map(self._rows.__getitem__, seq_ids))
         except KeyError as error:
             raise unclaimed(error.args[0]) from None
         if len(rows) > 1 and len(set(seq_ids)) < len(rows):
             raise ValueError("a sequence is named twice in one batch")
+        if len(rows) > 1:
+            self._last_batch, self._last_rows = list(seq_ids), rows
         return rows
 
     def _out(self) -> tuple[int, ...]:
@@ -378,14 +399,20 @@ class CompiledSteps:
     def _runs(self, seq_id: SeqId, first: int, pages: tuple[int, ...]) -> tuple[PageRun, ...]:
         return tuple([PageRun(seq_id, group, first, pages) for group in self._groups])
 
+    def _known(self, name: Hashable) -> bytes:
+        """The core's name for a name; empty if it has none."""
+        if isinstance(name, bytes) and len(name) == self._width:
+            return name
+        return self._numbers.get(name, b"")
+
     def _numbered(self, names: Sequence[Hashable]) -> bytes:
         """The core's names for names from outside, one after the other."""
         if len(self._numbers) > self._clear_at:
             self._forget_numbers()
         numbers = []
         for name in names:
-            number = name if _is_name(name, self._width) else self._numbers.get(name)
-            if number is None:
+            number = self._known(name)
+            if not number:
                 self._last_number += 1
                 number = self._numbers[name] = self._last_number.to_bytes(8, "little") + self._mark
             numbers.append(number)
@@ -420,11 +447,6 @@ class CompiledSteps:
             in_all=head.in_all,
             sequences=len(self._rows),
         ).error(self._bytes_for_pages)
-
-
-def _is_name(name: Hashable, width: int) -> bool:
-    """Whether something is a name as the hasher makes them."""
-    return type(name) is bytes and len(name) == width
 
 
 def _delete(functions: CoreFunctions, core: int, rows: dict[SeqId, int]) -> None:

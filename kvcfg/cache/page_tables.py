@@ -22,8 +22,8 @@ class BatchTables(NamedTuple):
     """One shard's view of a batch.
 
     Attributes:
-        lookup: per layer group `[batch_size, columns]` int32; groups with the same pages share it, None without pages.
-        lengths: `[batch_size]` int32, tokens stored before the step.
+        lookup: per layer group `[batch_size, columns]` uint32; groups with the same pages share it, None without pages.
+        lengths: `[batch_size]` uint32, tokens stored before the step.
     """
 
     lookup: tuple[Tensor | None, ...]
@@ -118,10 +118,10 @@ class PageTables:
             for target, held in zip(buffer.tables, self._rows, strict=True):
                 width = min(held.shape[1], num_columns or held.shape[1])
                 target[: len(rows), :width] = held[chosen, :width]
-                tables.append(target[: len(rows), :width])
+                tables.append(target[: len(rows), :width].view(torch.uint32))
             buffer.lengths[: len(rows)] = stored
             lookup = tuple(None if table is None else tables[table] for table in self.table_of)
-            shards.append(BatchTables(lookup, buffer.lengths[: len(rows)]))
+            shards.append(BatchTables(lookup, buffer.lengths[: len(rows)].view(torch.uint32)))
         return shards
 
 

@@ -135,7 +135,7 @@ def token_ids(tokens: Iterable[int]) -> array[int]:
     """
     if isinstance(tokens, array) and tokens.typecode == "i":
         return tokens[:]
-    wide = wide_ids(tokens)
+    wide = None if isinstance(tokens, list) else wide_ids(tokens)
     ids = None if wide is None else narrowed(wide)
     if ids is not None:
         return ids

@@ -21,6 +21,7 @@ from kvcfg.cache.step import GroupStep, Step, growing_step, windowed_step
 from kvcfg.cache.storage import EncodedTokens, KeysValues, PagedStorage
 from kvcfg.errors import CapacityError
 from kvcfg.params import MultiKVCacheParams, table_columns
+from kvcfg.sizing import max_lengths
 from kvcfg.units import ceil_div
 
 
@@ -218,7 +219,7 @@ class CacheReplica:
                 groups.append(None)
         rows = [self._rows[seq_id] for seq_id in seq_ids]
         shards = self.tables.load(rows, starts, columns)
-        longest = torch.tensor([[max(num_tokens), max(ends)]])
+        longest = torch.tensor(max_lengths(max(num_tokens), max(ends)), dtype=torch.uint32)
         return Step(tuple(seq_ids), tuple(starts), tuple(num_tokens), tuple(groups), tuple(shards), longest)
 
     def lay_out_group(

@@ -56,7 +56,7 @@ class Step:
         groups: per layer group where it reads and writes; None for groups without pages.
         shards: per tensor parallel shard the page tables and lengths, for kernels that read pages themselves.
             They stay valid until the next step but one is laid out.
-        max_lengths: `[1, 2]` int64 on the host: the most tokens of a sequence in this step, and the longest
+        max_lengths: `[1, 2]` uint32 on the host: the most tokens of a sequence in this step, and the longest
             sequence with them.
     """
 

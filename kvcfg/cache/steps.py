@@ -114,7 +114,10 @@ class LedgerSteps:
         for state, token in zip(states, ids or repeat(0), strict=False):
             if ids is not None and state.ids is not None:
                 state.ids.append(token)
-            self._count_input(state, state.length + num_new_tokens)
+            target = state.length + num_new_tokens
+            if target > state.counted:
+                self.counters.input_tokens += target - state.counted
+                state.counted = target
         return runs
 
     def commit(self, seq_ids: Sequence[SeqId], num_tokens: int, num_drafts: int | None) -> Commit:
@@ -124,12 +127,8 @@ class LedgerSteps:
         size, windowed, closing = self.page_size, self.tracks.windowed, list[SequenceState]()
         for state in states:
             length = state.length + num_tokens
-            check_commit(state.seq_id, length, state.capacity, None if state.ids is None else len(state.ids))
-            if windowed and not self.tracks.sees(state, max(state.final, length - drafts), length):
-                raise ValueError(
-                    f"cannot commit sequence {state.seq_id!r} up to {length} tokens: a windowed group stored only "
-                    "what is seen after all that was allocated"
-                )
+            if length > state.capacity or windowed or (state.ids is not None and length > len(state.ids)):
+                self._check_commit(state, length, drafts)
         for state in states:
             state.length = length = state.length + num_tokens
             if length - drafts > state.final:
@@ -310,6 +309,14 @@ class LedgerSteps:
         if lacking is not None:
             self.counters.refusals += 1
             raise self.tracks.shortage(changes, lacking, len(self._sequences)).error(self._bytes_for_pages)
+
+    def _check_commit(self, state: SequenceState, length: int, drafts: int) -> None:
+        check_commit(state.seq_id, length, state.capacity, None if state.ids is None else len(state.ids))
+        if not self.tracks.sees(state, max(state.final, length - drafts), length):
+            raise ValueError(
+                f"cannot commit sequence {state.seq_id!r} up to {length} tokens: a windowed group stored only what is "
+                "seen after all that was allocated"
+            )
 
     def _count_input(self, state: SequenceState, target: int) -> None:
         seen = max(state.counted, state.length)

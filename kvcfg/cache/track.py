@@ -35,7 +35,7 @@ class PagePlan(NamedTuple):
     unstored: int
     fresh: int
     dropped: list[int]
-    guarded: list[int] = []  # noqa: RUF012
+    guarded: list[int]
 
     @property
     def found(self) -> list[int]:
@@ -160,7 +160,7 @@ class PageTrack:
         if not self.windowed:
             if hit_end > sequence.closed:
                 kept, dropped, end = held.pages[: sequence.closed], held.pages[sequence.closed :], hit_end
-            return PagePlan(held, 0, kept, hits, 0, max(0, ceil_div(slots, self.page_size) - end), dropped)
+            return PagePlan(held, 0, kept, hits, 0, max(0, ceil_div(slots, self.page_size) - end), dropped, [])
         if hit_end > sequence.closed:
             begin = hit_end - len(hits)
             seen = self.first_visible(hit_end * self.page_size)
@@ -176,7 +176,7 @@ class PageTrack:
             first = end = max(end, keep)
         unstored = max(0, keep - end)
         fresh = max(0, ceil_div(slots, self.page_size) - end - unstored)
-        return PagePlan(held, first, kept, hits, unstored, fresh, dropped)
+        return PagePlan(held, first, kept, hits, unstored, fresh, dropped, [])
 
     def give_up(self, plan: PagePlan) -> None:
         """First half of a plan that fits: take hold of hits, let go of dropped pages."""

@@ -234,7 +234,7 @@ class PageTracks:
         for held in state.pages:
             shared = held.pages[: max(state.closed - held.first, 0)]
             opened = max(0, end - held.first - len(shared))
-            plans.append(PagePlan(SequencePages(held.first, shared), held.first, shared, [], 0, opened, []))
+            plans.append(PagePlan(SequencePages(held.first, shared), held.first, shared, [], 0, opened, [], []))
         return plans
 
     def fork(self, state: SequenceState, plans: list[PagePlan], now: float) -> tuple[PageCopy, ...]:

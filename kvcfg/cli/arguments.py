@@ -18,6 +18,7 @@ verbs
   fit      what would make a workload fit
   eval     what a cache loses and how fast it is, measured on a real model
   bench    how fast a cache is
+  replay   what a prefix cache is worth on a trace of requests: hit rates by capacity
   fetch    bring a model's weights to this machine
 
 groups: cache, model, devices, quantization, speculative, workload, experiment
@@ -29,6 +30,7 @@ examples
   kvcfg fit model=llama-3.1-8b devices=rtx4090 workload=rag
   kvcfg eval cache.kv_cache_format=bfloat16,float8_e4m3fn,int8 -m
   kvcfg eval cache=int8 gate.max_kl=0.01                        exit code 1 if it loses more
+  kvcfg replay workload.trace=requests.jsonl model=llama-3.1-8b devices=h100 cache=fp8,int8 -m
 
 output=json prints JSON alone; --cfg job shows the composed config; -m is Hydra's --multirun."""
 

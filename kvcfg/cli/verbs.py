@@ -52,6 +52,12 @@ def _bench_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     return 0
 
 
+def _replay_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    from kvcfg.cli.replayed import replay_all
+
+    return replay_all(arguments, points)
+
+
 def _evaluate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     from kvcfg.cli.measured import evaluate_all
 
@@ -70,6 +76,7 @@ RUNS: dict[str, Run] = {
     "fetch": fetch_all,
     "eval": _evaluate_all,
     "bench": _bench_all,
+    "replay": _replay_all,
 }
 """What the command line does with a whole grid."""
 

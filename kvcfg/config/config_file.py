@@ -26,6 +26,18 @@ class ConfigFile(Config):
     section_name: str | None = Field(None, exclude=True)
     """Top-level key of config_file to read. null = the whole file. Not part of dumps."""
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all values are equal, whatever section of the file they stood in."""
+        if type(self) is not type(other):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self._values()))
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(value for name, value in self if name != "section_name")
+
     @model_validator(mode="before")
     @classmethod
     def _read_file(cls, given: Any) -> Any:

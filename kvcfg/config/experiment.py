@@ -48,5 +48,5 @@ class ExperimentConfig(Config):
         return resolve(self)
 
     def to_params(self) -> MultiKVCacheParams:
-        """One `KVCacheParams` per layer group that stores keys, values or state."""
+        """One `KVCacheParams` per layer group of the model that stores something, then those of its drafter."""
         return self.resolve().params

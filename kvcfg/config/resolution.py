@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcfg.config.devices import DevicesConfig, detect
+from kvcfg.config.drafts import DraftLayers, draft_layers
 from kvcfg.config.model import LayerGroup
 from kvcfg.dtypes import DType
 from kvcfg.errors import ConfigError
 from kvcfg.formats import FORMATS, Format, Recipe
+from kvcfg.param_checks import CacheRole
 from kvcfg.params import KVCacheParams, KVCacheQuantizationConfig, MultiKVCacheParams
 
 if TYPE_CHECKING:
@@ -51,15 +53,17 @@ def resolve(experiment: ExperimentConfig) -> Resolution:
         raise error.under("devices") from None
     recipe = resolve_recipe(experiment)
     max_seq_len = experiment.workload.max_seq_len or experiment.model.max_seq_len
-    groups = [
-        _group_params(experiment, group, recipe, devices)
-        for group in experiment.model.layer_groups
-        if group.kind != "shared"
+    drafts = draft_layers(experiment)
+    layers: list[tuple[CacheRole, LayerGroup]] = [
+        *(("target", group) for group in experiment.model.layer_groups if group.kind != "shared"),
+        *(("draft", group) for group in drafts.groups),
     ]
+    groups = [_group_params(experiment, role, group, recipe, devices) for role, group in layers]
     choices = (
         *_recipe_choices(experiment, recipe),
         *_device_choices(experiment, devices, groups),
         *_other_choices(experiment, max_seq_len),
+        *_draft_choices(experiment, drafts),
     )
     return Resolution(MultiKVCacheParams.from_params(*groups), devices, max_seq_len, choices)
 
@@ -82,7 +86,7 @@ def resolve_recipe(experiment: ExperimentConfig) -> Recipe:
 
 
 def _group_params(
-    experiment: ExperimentConfig, group: LayerGroup, recipe: Recipe, devices: DevicesConfig
+    experiment: ExperimentConfig, role: CacheRole, group: LayerGroup, recipe: Recipe, devices: DevicesConfig
 ) -> KVCacheParams:
     cache, speculative = experiment.cache, experiment.speculative
     connector = cache.kv_connector_config
@@ -92,7 +96,7 @@ def _group_params(
         head_dim=group.head_dim,
         num_layers=group.num_layers,
         devices=devices.refs(),
-        enable_prefix_caching=cache.enable_prefix_caching,
+        enable_prefix_caching=cache.enable_prefix_caching and not _has_states(experiment),
         kv_connector=cache.kv_connector,
         kv_connector_config=connector,
         host_kvcache_swap_space_gb=connector.host_kvcache_swap_space_gb if connector else None,
@@ -112,8 +116,14 @@ def _group_params(
         window=group.window,
         value_head_dim=group.value_head_dim,
         state_bytes=group.state_bytes or 0,
+        role=role,
         recipe=recipe,
     )
+
+
+def _has_states(experiment: ExperimentConfig) -> bool:
+    """Whether a layer keeps a state instead of tokens, and so cannot go on from a page of a prefix."""
+    return any(group.kind == "linear" for group in experiment.model.layer_groups)
 
 
 def _any_scaled(*formats: Format) -> bool:
@@ -168,8 +178,19 @@ def _other_choices(experiment: ExperimentConfig, max_seq_len: int) -> list[Choic
     choices = []
     if experiment.workload.max_seq_len is None:
         choices.append(Choice("workload.max_seq_len", None, max_seq_len, f"the context of {experiment.model.name}"))
+    if experiment.cache.enable_prefix_caching and _has_states(experiment):
+        why = "the state of a linear layer cannot resume from a page"
+        choices.append(Choice("cache.enable_prefix_caching", True, False, why))
+    return choices
+
+
+def _draft_choices(experiment: ExperimentConfig, drafts: DraftLayers) -> list[Choice]:
+    choices = []
     speculative = experiment.speculative
     if speculative.speculative_method is not None and speculative.num_speculative_tokens is None:
         why = f"the default of {speculative.speculative_method}"
         choices.append(Choice("speculative.num_speculative_tokens", None, speculative.num_draft_tokens, why))
+    if drafts.why is not None:
+        layers = [group.model_dump(mode="json") for group in drafts.groups]
+        choices.append(Choice("speculative.draft_layer_groups", None, layers, drafts.why))
     return choices

@@ -9,15 +9,19 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvcfg.config.cache import KVConnectorType
+from kvcfg.config.drafts import draft_layers
 from kvcfg.errors import Problem, nearest, one_of
 from kvcfg.formats import FORMATS, Format
 
 if TYPE_CHECKING:
     from kvcfg.config.experiment import ExperimentConfig
+    from kvcfg.config.model import LayerGroup
 
 Check = Callable[["ExperimentConfig"], Iterator[Problem]]
 
 FORMAT_KEYS = ("cache.kv_cache_format", "quantization.key_format", "quantization.value_format")
+DRAFT_KEYS = ("speculative.draft_layer_groups", "speculative.speculative_method", "model.layer_groups")
 RECIPE_KEYS = (*FORMAT_KEYS, "quantization.granularity", "quantization.scale_source", "model.dtype")
 
 
@@ -104,7 +108,7 @@ def dynamic_scales_are_fine(experiment: ExperimentConfig) -> Iterator[Problem]:
         yield Problem("quantization.scale_source", rule, "dynamic", "quantization.scale_source=unit")
 
 
-@_rule("quantization.granularity", "quantization.quantization_granularity", "model.layer_groups")
+@_rule("quantization.granularity", "quantization.quantization_granularity", *DRAFT_KEYS)
 def blocks_have_a_size(experiment: ExperimentConfig) -> Iterator[Problem]:
     """granularity=block and its size come together."""
     asked, key = experiment.quantization, "quantization.quantization_granularity"
@@ -116,9 +120,9 @@ def blocks_have_a_size(experiment: ExperimentConfig) -> Iterator[Problem]:
         yield Problem(key, rule, asked.quantization_granularity, f"{key}=null")
 
 
-@_rule("quantization.granularity", "quantization.quantization_granularity", "model.layer_groups")
+@_rule("quantization.granularity", "quantization.quantization_granularity", *DRAFT_KEYS)
 def blocks_divide_heads(experiment: ExperimentConfig) -> Iterator[Problem]:
-    """A head is a whole number of blocks, in every layer group."""
+    """A head is a whole number of blocks, in every layer group of the model and of its drafter."""
     asked, key = experiment.quantization, "quantization.quantization_granularity"
     size = asked.quantization_granularity
     if asked.granularity != "block" or size is None:
@@ -127,14 +131,15 @@ def blocks_divide_heads(experiment: ExperimentConfig) -> Iterator[Problem]:
     if uneven:
         dims = " and ".join(str(dim) for dim in uneven)
         fix = f"{key}={_largest_common_block(experiment, size)}"
-        yield Problem(key, f"must divide head_dim, which is {dims} in {experiment.model.name}", size, fix)
+        where = experiment.model.name + (" and its drafter" if draft_layers(experiment).groups else "")
+        yield Problem(key, f"must divide head_dim, which is {dims} in {where}", size, fix)
 
 
-@_rule(*FORMAT_KEYS, "model.layer_groups")
+@_rule(*FORMAT_KEYS, *DRAFT_KEYS)
 def latents_have_one_format(experiment: ExperimentConfig) -> Iterator[Problem]:
     """A model of latents alone stores no values, so a format for them would do nothing."""
     asked, key = experiment.quantization, "quantization.value_format"
-    stored = {group.kind for group in experiment.model.layer_groups if group.elements_per_token}
+    stored = {group.kind for group in _all_layers(experiment) if group.elements_per_token}
     if stored == {"mla"} and asked.value_format is not None and asked.value_format != asked.key_format:
         rule = f"must be null for {experiment.model.name}: its latents are stored in the key format, once for both"
         yield Problem(key, rule, asked.value_format, f"{key}=null")
@@ -146,13 +151,6 @@ def heads_split_over_devices(experiment: ExperimentConfig) -> Iterator[Problem]:
     devices, tp = experiment.devices, experiment.devices.tensor_parallel_degree
     if _splits(experiment, tp):
         return
-    fitting = next(degree for degree in range(tp, 0, -1) if _splits(experiment, degree))
-    copies = not devices.allow_kv_head_replication and _splits(experiment, tp, copies=True)
-    fix = (
-        "devices.allow_kv_head_replication=true"
-        if copies
-        else f"devices.count={fitting * devices.data_parallel_degree}"
-    )
     heads = dict.fromkeys(group.n_kv_heads for group in experiment.model.layer_groups if _has_heads(group.kind))
     kv_heads = " or ".join(str(count) for count in heads)
     rule = (
@@ -161,7 +159,39 @@ def heads_split_over_devices(experiment: ExperimentConfig) -> Iterator[Problem]:
     )
     if devices.allow_kv_head_replication and heads:
         rule += " (or be a multiple of the KV heads)"
-    yield Problem("devices.count", rule, devices.count, fix)
+    yield Problem("devices.count", rule, devices.count, _splitting_devices(experiment, tp))
+
+
+@_rule(*DRAFT_KEYS, "devices", "model.num_q_heads")
+def drafters_split_over_devices(experiment: ExperimentConfig) -> Iterator[Problem]:
+    """The heads of a drafter split where those of the model do."""
+    tp = experiment.devices.tensor_parallel_degree
+    if not _splits(experiment, tp) or _splits(experiment, tp, drafts=True):
+        return
+    heads = " and ".join(str(group.n_kv_heads) for group in draft_layers(experiment).groups)
+    rule = f"has {heads} KV heads, which tensor parallel {tp} does not split into equal shares"
+    yield Problem("speculative.draft_layer_groups", rule, ..., _splitting_devices(experiment, tp, drafts=True))
+
+
+@_rule(*DRAFT_KEYS)
+def drafters_are_known(experiment: ExperimentConfig) -> Iterator[Problem]:
+    """A drafter that is to be like the model's layers needs some that keep tokens."""
+    method, key = experiment.speculative.speculative_method, "speculative.draft_layer_groups"
+    if method is not None and not draft_layers(experiment).groups:
+        heads = experiment.devices.tensor_parallel_degree
+        fix = f"{key}=[{{kind:full,num_layers:1,n_kv_heads:{heads},head_dim:128}}]"
+        rule = f"must be told: no layer of {experiment.model.name} keeps tokens, so none says what {method} stores"
+        yield Problem(key, rule, ..., fix)
+
+
+@_rule("cache.kv_connector", "model.layer_groups")
+def tiers_find_pages_again(experiment: ExperimentConfig) -> Iterator[Problem]:
+    """Pages in a tier are found by their prefix, from which a linear state cannot go on."""
+    connector = experiment.cache.kv_connector
+    states = any(group.kind == "linear" for group in experiment.model.layer_groups)
+    if states and connector not in (None, KVConnectorType.null):
+        rule = f"must be null for {experiment.model.name}: the state of a linear layer cannot resume from a page"
+        yield Problem("cache.kv_connector", rule, connector, "cache.kv_connector=null")
 
 
 @_rule("workload.max_seq_len", "model.max_seq_len")
@@ -195,21 +225,35 @@ def _is_float(item: Format) -> bool:
     return item.dtype.is_float()
 
 
+def _all_layers(experiment: ExperimentConfig) -> tuple[LayerGroup, ...]:
+    """The layers of the model and of its drafter."""
+    return (*experiment.model.layer_groups, *draft_layers(experiment).groups)
+
+
 def _has_heads(kind: str) -> bool:
     return kind in ("full", "sliding_window", "chunked")
 
 
-def _splits(experiment: ExperimentConfig, tp: int, copies: bool | None = None) -> bool:
+def _splits(experiment: ExperimentConfig, tp: int, copies: bool | None = None, drafts: bool = False) -> bool:
     copies = experiment.devices.allow_kv_head_replication if copies is None else copies
-    groups = [group for group in experiment.model.layer_groups if _has_heads(group.kind)]
+    layers = _all_layers(experiment) if drafts else experiment.model.layer_groups
+    groups = [group for group in layers if _has_heads(group.kind)]
     return experiment.model.num_q_heads % tp == 0 and all(
         group.n_kv_heads % tp == 0 or (copies and tp % group.n_kv_heads == 0) for group in groups
     )
 
 
+def _splitting_devices(experiment: ExperimentConfig, tp: int, drafts: bool = False) -> str:
+    """An override under which heads split: copies of them if those help, else fewer devices."""
+    if not experiment.devices.allow_kv_head_replication and _splits(experiment, tp, copies=True, drafts=drafts):
+        return "devices.allow_kv_head_replication=true"
+    fitting = next(degree for degree in range(tp, 0, -1) if _splits(experiment, degree, drafts=drafts))
+    return f"devices.count={fitting * experiment.devices.data_parallel_degree}"
+
+
 def _stored_dims(experiment: ExperimentConfig) -> list[int]:
     """Widths along which blocks are laid, without repeats."""
-    groups = [group for group in experiment.model.layer_groups if group.elements_per_token]
+    groups = [group for group in _all_layers(experiment) if group.elements_per_token]
     return list(dict.fromkeys(dim for group in groups for dim in (group.head_dim, group.value_dim) if dim))
 
 

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from kvcfg.config.base import refuse
 from kvcfg.config.config_file import ConfigFile
+from kvcfg.config.model import LayerGroup
 from kvcfg.errors import Problem
-from kvcfg.param_checks import SpeculativeMethod
+from kvcfg.param_checks import GROWING, SpeculativeMethod
 
 RejectionSampling = Literal["greedy", "residual", "typical-acceptance", "logit-comparison"]
 
@@ -25,6 +26,11 @@ class SpeculativeConfig(ConfigFile):
 
     num_speculative_tokens: int | None = Field(None, ge=1)
     """Draft tokens per step; needs a method. null = 2."""
+
+    draft_layer_groups: tuple[LayerGroup, ...] | None = Field(None, min_length=1)
+    """The layers of the drafter, in the form of model.layer_groups; full or mla, since they share the pages of
+    the model's own. null = the method's own: one layer like the model's last for eagle and mtp, five for dflash,
+    those of Llama 3.2 1B for standalone. Their weights are not planned for: devices.reserved_gib keeps room."""
 
     rejection_sampling_strategy: RejectionSampling | None = None
     """How drafts are accepted: greedy, residual, typical-acceptance or logit-comparison. null = the method's own."""
@@ -42,10 +48,21 @@ class SpeculativeConfig(ConfigFile):
     """How much less likely than the likeliest token relaxed acceptance allows, 0 to 1."""
 
     @model_validator(mode="after")
-    def _tokens_have_a_method(self) -> SpeculativeConfig:
+    def _drafts_have_a_method(self) -> SpeculativeConfig:
+        problems: list[Problem] = []
         if self.num_speculative_tokens is not None and self.speculative_method is None:
             rule = "needs a speculative_method that drafts them"
-            refuse(Problem("num_speculative_tokens", rule, self.num_speculative_tokens, "speculative_method=eagle"))
+            fix = "speculative_method=eagle"
+            problems.append(Problem("num_speculative_tokens", rule, self.num_speculative_tokens, fix))
+        kinds = [group.kind for group in self.draft_layer_groups or ()]
+        if kinds and self.speculative_method is None:
+            rule = "needs a speculative_method whose layers they are"
+            problems.append(Problem("draft_layer_groups", rule, kinds, "speculative_method=standalone"))
+        if any(kind not in GROWING for kind in kinds):
+            rule = "must all be full or mla: a drafter shares the pages of the model's layers that keep every token"
+            problems.append(Problem("draft_layer_groups", rule, kinds, "draft_layer_groups=null"))
+        if problems:
+            refuse(*problems)
         return self
 
     @property

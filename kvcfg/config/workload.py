@@ -1,4 +1,4 @@
-"""The `workload` group: what the cache is planned for and what it is measured on."""
+"""The `workload` group: what the cache is planned for, what it is measured on, and whose requests it replays."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ class WorkloadConfig(Config):
 
     decode_tokens: int = Field(32, ge=1)
     """Tokens generated after a window to time decoding."""
+
+    trace: str | None = None
+    """Path of a request trace to replay: JSON lines with hash_ids, tokens or text, also gzipped. null = none."""
+
+    trace_block_size: int = Field(512, ge=1)
+    """Tokens of the block that one of the trace's hash_ids names."""

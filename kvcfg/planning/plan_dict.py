@@ -30,6 +30,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "roofline": asdict(bound) | {"min_step_ms": bound.min_step_ms, "max_tokens_per_s": bound.max_tokens_per_s},
         "shortfall": None if lack is None else asdict(lack) | {"missing": lack.missing},
         "choices": [asdict(choice) for choice in plan.choices],
+        "notices": list(plan.notices),
         "requested": requested,
         "resolved": resolved(plan, requested),
     }

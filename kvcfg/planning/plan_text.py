@@ -27,7 +27,7 @@ LEGEND = (
 
 def plan_text(plan: Plan) -> str:
     """The whole plan; sections are separated by an empty line."""
-    sections = [_headline(plan), _memory(plan), _layers(plan), _decoding(plan), _choices(plan)]
+    sections = [_headline(plan), _memory(plan), _layers(plan), _decoding(plan), _choices(plan), _notices(plan)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -83,8 +83,10 @@ def _unit_costs(plan: Plan) -> str:
         return f"A sequence takes {readable_bytes(per_sequence)}, however long it gets."
     fixed = per_sequence - plan.capacity.pages_per_sequence * params.bytes_per_block
     beside = f", a sequence {readable_bytes(fixed)} besides" if fixed else ""
+    drafts = sum(group.bytes_per_token for group in params.draft_groups)
+    of_drafts = f" ({readable_bytes(drafts)} of it for drafts)" if drafts else ""
     return (
-        f"A token takes {readable_bytes(plan.bytes_per_token)}, "
+        f"A token takes {readable_bytes(plan.bytes_per_token)}{of_drafts}, "
         f"a page of {params.page_size} tokens {readable_bytes(plan.bytes_per_page)}{beside}."
     )
 
@@ -134,6 +136,7 @@ def _items(plan: Plan, memory: Memory) -> list[tuple[str, int, str]]:
         notes.append(f"room for drafts {readable_bytes(included['draft_slack'] // params.tensor_parallel_degree)}")
     return [
         ("pages", memory.pages, ", ".join(notes)),
+        ("draft pages", memory.draft_pages, "the drafter's part of each page"),
         ("windowed pages", memory.windowed, f"{batch:,} × what windows reach"),
         ("linear states", memory.states, f"{batch:,} × one state a layer"),
         ("null pages", memory.null_pages, "never read; they pad page tables"),
@@ -168,9 +171,10 @@ def _layers(plan: Plan) -> list[str]:
             cost = f"{readable_bytes(group['bytes_per_sequence'] / group['num_layers'])} per sequence"
         else:
             cost = "nothing"
+        whose = ", of the drafter" if group["role"] == "draft" else ""
         copies = _copies(plan, group)
         total = readable_bytes(group["bytes_per_sequence"]) if group["bytes_per_sequence"] else ""
-        rows.append((f"  {group['num_layers']}", f"{name}{window}", heads, cost, total, copies))
+        rows.append((f"  {group['num_layers']}", f"{name}{window}{whose}", heads, cost, total, copies))
     return aligned(rows, "<<<<><", indent=0)
 
 
@@ -200,10 +204,21 @@ def _choices(plan: Plan) -> list[str]:
     if not plan.choices:
         return []
     rows = [
-        (f"  {choice.key}", f"{show(choice.requested)} → {show(choice.resolved)}", choice.why)
+        (f"  {choice.key}", f"{_brief(choice.requested)} → {_brief(choice.resolved)}", choice.why)
         for choice in plan.choices
     ]
     return aligned([("requested → resolved", "", "why"), *rows], "<<<", indent=0)
+
+
+def _notices(plan: Plan) -> list[str]:
+    return [line for notice in plan.notices for line in paragraph(f"Note: {notice}")]
+
+
+def _brief(value: object) -> str:
+    """A value as it would be written in an override; of layer groups only how many layers they are."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return counted(sum(item["num_layers"] for item in value), "layer")
+    return show(value)
 
 
 def _row(result: Plan | ConfigError) -> list[str]:

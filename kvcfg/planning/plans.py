@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from kvcfg.config.drafts import draft_layers
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.resolution import Choice, Resolution
 from kvcfg.params import KVCacheParams
@@ -139,11 +140,23 @@ class Plan:
             own.append(Choice("cache.kv_cache_memory_bytes", explicit, room, why))
         return (*self.resolution.choices, *own)
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What may be meant so but should be known."""
+        cache = self.experiment.cache
+        if self.resolution.params.enable_prefix_caching and cache.kv_cache_hash_algo == "xxh3_128":
+            return (
+                "cache.kv_cache_hash_algo=xxh3_128 is fast, but someone who tries can make two prompts share a page; "
+                "where tenants share the cache use sha256.",
+            )
+        return ()
+
     def breakdown(self) -> dict[str, int]:
         """Bytes of the cache by what they are for; they add up to `kv_bytes`."""
         memory = self.capacity.planned
         return {
             "pages": memory.pages,
+            "draft_pages": memory.draft_pages,
             "windowed_pages": memory.windowed,
             "linear_states": memory.states,
             "null_pages": memory.null_pages,
@@ -166,18 +179,20 @@ class Plan:
         return self.max_batch_size * group.pages_per_sequence(self.max_seq_len)
 
     def _slack_bytes(self, group: KVCacheParams) -> int:
-        plain = replace(group, speculative_method=None, num_draft_tokens=0)
+        plain = replace(group, num_draft_tokens=0)
         extra = group.pages_per_sequence(self.max_seq_len) - plain.pages_per_sequence(self.max_seq_len)
         return extra * group.bytes_per_block
 
     def layer_groups(self) -> list[dict[str, Any]]:
-        """One entry a layer group of the model, those that store nothing included."""
+        """One entry a layer group of the model, those that store nothing included, then those of its drafter."""
         stored = iter(self.resolution.params.params)
+        own = self.experiment.model.layer_groups
         entries = []
-        for group in self.experiment.model.layer_groups:
+        for place, group in enumerate((*own, *draft_layers(self.experiment).groups)):
             params = None if group.kind == "shared" else next(stored)
             entries.append(
                 {
+                    "role": "target" if place < len(own) else "draft",
                     "kind": group.kind,
                     "num_layers": group.num_layers,
                     "n_kv_heads": group.n_kv_heads,

@@ -3,7 +3,8 @@
 Each sequence makes one token a step (with drafts, at best one and all of its drafts), and a device reads
 
     weights   its share of those that one token passes through, once for the whole batch
-    keys and values   of every token seen: all of the context, the window, or the running chunk
+    keys and values   of every token seen: all of the context, the window, or the running chunk; those of a
+                      drafter once for each of its own steps
     states    of linear layers: read and written
 
 Nothing else is counted: not computing, not traffic between devices, not experts that only other
@@ -73,9 +74,16 @@ def roofline(
         tokens_per_step=1 + (first.num_draft_tokens if first.speculative_method else 0),
         replicas=first.data_parallel_degree,
         weight_bytes=ceil_div(active_weight_bytes, first.tensor_parallel_degree),
-        kv_bytes=batch_size * sum(bytes_touched(group, seq_len) for group in params.params),
+        kv_bytes=batch_size * sum(_reads(group) * bytes_touched(group, seq_len) for group in params.params),
         bytes_per_second=None if bandwidth_gb_s is None else bandwidth_gb_s * 1e9,
     )
+
+
+def _reads(group: KVCacheParams) -> int:
+    """How often a step reads the keys and values of a group: a drafter does for every draft that it makes alone."""
+    if group.role == "target":
+        return 1
+    return ceil_div(group.num_draft_tokens, max(1, group.num_draft_tokens_per_step))
 
 
 def bytes_touched(group: KVCacheParams, seq_len: int) -> int:

@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 
-from kvcfg.cache.ledger import PageCopy, PageLedger, PageTable
+from kvcfg.cache.ledger import PageCopy, PageGroup, PageLedger, PageTable
 from kvcfg.errors import CapacityError, ConfigError
 
 SIZE = 4
+DEFAULTS: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["python", "compiled"])
+def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DEFAULTS, "compiled", request.param)
 
 
 def ledger_of(num_pages: int = 8, **options: Any) -> PageLedger:
-    return PageLedger(num_pages, SIZE, **options)
+    return PageLedger(num_pages, SIZE, **DEFAULTS, **options)
 
 
 def serve(ledger: PageLedger, name: Any, count: int, **options: Any) -> int:
@@ -206,22 +212,23 @@ def test_rejected_drafts_give_back_pages_and_ids() -> None:
         ledger.commit("a", 1)
 
 
-def test_a_cached_page_is_not_opened_again() -> None:
-    ledger = ledger_of()
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_closed_page_is_not_opened_again(caching: bool) -> None:
+    ledger = ledger_of(enable_prefix_caching=caching)
     serve(ledger, "a", 9)
-    with pytest.raises(ValueError, match="cannot cut sequence 'a' of 9 tokens to 6"):
+    with pytest.raises(ValueError, match=r"cannot cut sequence 'a' of 9 tokens to 6: .* or cut to 4$"):
         ledger.truncate("a", 6)
     ledger.truncate("a", 4)
     assert ledger.page_table("a").pages == (0,)
 
 
-def test_without_a_cache_any_page_of_ones_own_is_opened_again() -> None:
-    ledger = ledger_of(enable_prefix_caching=False)
-    serve(ledger, "a", 9)
-    ledger.truncate("a", 6)
-    ledger.fork("a", "b")
-    with pytest.raises(ValueError, match="cached or shared"):
-        ledger.truncate("b", 3)
+def test_what_a_commit_says_may_be_taken_back_can_be() -> None:
+    ledger = ledger_of()
+    ledger.claim("a", range(9))
+    ledger.alloc("a", 9)
+    assert ledger.commit("a", 9, num_drafts=9).closed == ()
+    ledger.truncate("a", 3)
+    assert (ledger.length("a"), ledger.page_table("a").pages) == (3, (0,))
     ledger.check_integrity()
 
 
@@ -368,6 +375,73 @@ def test_lifetimes_of_evicted_pages_are_told_in_powers_of_two() -> None:
     assert ledger.metrics().page_lifetimes == {}
 
 
+def test_slots_beyond_the_length_are_room() -> None:
+    ledger = ledger_of()
+    ledger.claim("a", range(5))
+    ledger.alloc("a", 5, lookahead=4)
+    ledger.commit("a", 5)
+    assert ledger.room("a") == 7
+
+
+def test_the_longest_run_of_cached_names_is_counted() -> None:
+    ledger = ledger_of(16)
+    serve(ledger, "a", 13)
+    ledger.claim("b", [*range(8), 90, 91, 92, 93, 94])
+    names = ledger.page_names("b", 13)
+    assert (len(names), ledger.num_cached(names), ledger.num_cached(names[2:])) == (3, 2, 0)
+
+
+def test_the_common_beginning_of_a_page_is_copied_if_asked_for() -> None:
+    found = []
+    for reuse in (False, True):
+        ledger = ledger_of(16, reuse_partial_pages=reuse)
+        serve(ledger, "a", 13)
+        ledger.claim("b", [0, 1, 2, 3, 4, 5, 90, 91, 92])
+        done = ledger.alloc("b", 9)
+        found.append((done.cached_tokens, done.copies, ledger.metrics().cache_tokens))
+        ledger.check_integrity()
+    assert found == [(4, (), 4), (6, (PageCopy(0, source=1, target=4),), 6)]
+
+
+def test_the_last_token_is_computed_even_if_it_could_be_copied() -> None:
+    ledger = ledger_of(reuse_partial_pages=True)
+    serve(ledger, "a", 9)
+    ledger.claim("b", range(7))
+    assert ledger.alloc("b", 7).cached_tokens == 6
+    ledger.claim("c", range(5))
+    assert ledger.alloc("c", 5).cached_tokens == 4
+
+
+def test_a_page_is_not_copied_where_it_would_have_to_be_handed_out() -> None:
+    ledger = ledger_of(3, reuse_partial_pages=True)
+    serve(ledger, "a", 9)
+    ledger.release("a")
+    ledger.claim("b", [0, 1, 90, 91, 92, 93, 94, 95, 96])
+    forecast = ledger.forecast("b", 9)
+    assert (forecast.cached_tokens, forecast.fits) == (0, True)
+    done = ledger.alloc("b", 9)
+    assert (done.cached_tokens, done.copies) == (0, ())
+
+
+def test_tenants_copy_nothing_from_each_other() -> None:
+    ledger = ledger_of(reuse_partial_pages=True)
+    serve(ledger, "a", 9, salt=b"one")
+    ledger.claim("b", range(7), salt=b"two")
+    assert ledger.alloc("b", 7).cached_tokens == 0
+
+
+def test_with_windows_no_page_is_copied() -> None:
+    groups = [PageGroup("full"), PageGroup("window", "sliding_window", 4, 8)]
+    ledger = ledger_of(groups=groups, reuse_partial_pages=True)
+    ledger.claim("a", range(12))
+    for count in (8, 4):
+        ledger.alloc("a", count)
+        ledger.commit("a", count)
+    ledger.claim("b", [*range(10), 90, 91])
+    done = ledger.alloc("b", 12)
+    assert (done.cached_tokens, done.copies) == (8, ())
+
+
 def test_tokens_are_compared_on_a_hit_if_asked_for() -> None:
     class Weak:
         def root(self, salt: bytes = b"") -> bytes:
@@ -394,7 +468,7 @@ def test_impossible_numbers_are_refused(options: dict[str, int]) -> None:
 
 
 def test_threads_share_a_ledger() -> None:
-    ledger = PageLedger(64, SIZE, eviction="lru")
+    ledger = ledger_of(64)
     errors: list[BaseException] = []
 
     def work(worker: int) -> None:

@@ -98,7 +98,11 @@ class Naive:
         own = row.ids[place * SIZE : min(limit, (place + 1) * SIZE)]
         alike = []
         for page, (salt, ids) in self.named.items():
-            if salt == row.salt and len(ids) == (place + 1) * SIZE and list(ids[: place * SIZE]) == row.ids[: place * SIZE]:
+            if (
+                salt == row.salt
+                and len(ids) == (place + 1) * SIZE
+                and list(ids[: place * SIZE]) == row.ids[: place * SIZE]
+            ):
                 other = list(ids[place * SIZE :])
                 same = next((n for n, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), len(own))
                 alike.append((same, other >= own, (1 if other >= own else -1) * self.rank(other), page))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvcfg.cache.ledger import PageGroup, PageLedger
+from kvcfg.cache.ledger import Allocation, PageGroup, PageLedger
 from kvcfg.errors import CapacityError, ConfigError
 from kvcfg.units import ceil_div
 
@@ -206,7 +206,7 @@ def test_groups_without_pages_need_none() -> None:
     ledger = PageLedger(0, SIZE, [PageGroup("state", "linear"), PageGroup("tied", "shared")])
     for name in ("first", "second"):
         ledger.claim(name, range(12))
-        assert ledger.alloc(name, 12) == (0, 0, ())
+        assert ledger.alloc(name, 12) == Allocation(0, 0, ())
         ledger.commit(name, 12)
     ledger.check_integrity()
 

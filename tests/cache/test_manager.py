@@ -17,6 +17,7 @@ from kvcfg.dtypes import DeviceRef, DType
 from kvcfg.errors import BackendUnavailable, CapacityError, ShapeError
 from kvcfg.formats import FORMATS, Recipe
 from kvcfg.params import KVCacheParams, MultiKVCacheParams
+from kvcfg.symbolic import symbolic_inputs
 
 FLOAT32 = Recipe(FORMATS["float32"], FORMATS["float32"], "none", "unit", DType.float32)
 
@@ -133,6 +134,26 @@ def test_lengths_are_those_before_the_step_and_max_lengths_those_after() -> None
     step = manager.lay_out(["a", "b"])
     assert step.shards[0].lengths.tolist() == [5, 3]
     assert step.max_lengths.tolist() == [[2, 7]]
+
+
+def test_kernels_are_given_what_the_symbolic_inputs_promise() -> None:
+    group = group_of()
+    manager = manager_of(group)
+    for name in "ab":
+        manager.claim(name)
+        manager.alloc(name, 5)
+    step = manager.lay_out(["a", "b"])
+    (promised,) = symbolic_inputs(group)
+    lookup, lengths = step.shards[0].lookup[0], step.shards[0].lengths
+    assert lookup is not None
+    sizes = {"replica_0_batch_size": 2, "replica_0_max_num_pages": lookup.shape[1], "replica_0_steps_remaining": 1}
+    for spec, tensor in (
+        (promised.lookup_table, lookup),
+        (promised.cache_lengths, lengths),
+        (promised.max_lengths, step.max_lengths),
+    ):
+        assert tensor.dtype is spec.dtype.to_torch()
+        assert tuple(tensor.shape) == tuple(sizes.get(str(size), size) for size in spec.shape)
 
 
 def test_the_next_step_leaves_the_tables_of_the_last_one_alone() -> None:

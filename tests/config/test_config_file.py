@@ -144,3 +144,14 @@ def test_input_that_is_no_mapping_is_refused_like_any_other(values: Any) -> None
 def test_unknown_key_of_a_file_is_refused() -> None:
     with pytest.raises(ValidationError, match="kv_cache_pagesize"):
         KVCacheConfig(config_file=write("kv_cache_pagesize: 64\n"))
+
+
+def test_section_that_values_came_from_makes_no_other_config() -> None:
+    file = write(SECTIONS)
+    named, other = (KVCacheConfig(config_file=file, section_name=name) for name in ("target", "draft"))
+    same = KVCacheConfig(config_file=file, section_name="draft", kv_cache_page_size=64)
+    assert (named == same, hash(named) == hash(same), named == other) == (True, True, False)
+
+
+def test_configs_of_two_kinds_are_never_equal() -> None:
+    assert KVCacheConfig() != KVConnectorConfig()

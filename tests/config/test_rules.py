@@ -9,6 +9,12 @@ from kvcfg.config import rules
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.errors import ConfigError
 
+DRAFTS = "speculative.draft_layer_groups"
+LAYER = "kind:full,num_layers:1,head_dim:64"
+UNCOPIED = ("model=llama-3.1-8b", "devices.count=8", "devices.allow_kv_head_replication=false")
+BLOCKS = ("cache=int8", "quantization.granularity=block", "quantization.quantization_granularity=32")
+LINEAR = "{kind:linear,num_layers:2,head_dim:64,state_bytes:4096}"
+
 REFUSED = [
     (["quantization.key_format=int7"], "quantization.key_format", "quantization.key_format=int8"),
     (["quantization.value_format=zzz"], "quantization.value_format", "quantization.value_format=bfloat16"),
@@ -56,6 +62,27 @@ REFUSED = [
         "devices.count",
         "devices.count=4",
     ),
+    (
+        ["model=llama-3.1-8b", "devices.count=4", "speculative=eagle", f"{DRAFTS}=[{{{LAYER},n_kv_heads:6}}]"],
+        DRAFTS,
+        "devices.count=2",
+    ),
+    (
+        [*UNCOPIED, "speculative=eagle", f"{DRAFTS}=[{{{LAYER},n_kv_heads:2}}]"],
+        DRAFTS,
+        "devices.allow_kv_head_replication=true",
+    ),
+    (
+        [f"model.layer_groups=[{LINEAR}]", "speculative=mtp"],
+        DRAFTS,
+        f"{DRAFTS}=[{{kind:full,num_layers:1,n_kv_heads:1,head_dim:128}}]",
+    ),
+    (
+        [*BLOCKS, "speculative=eagle", f"{DRAFTS}=[{{kind:full,num_layers:1,head_dim:48}}]"],
+        "quantization.quantization_granularity",
+        "quantization.quantization_granularity=16",
+    ),
+    (["model=qwen3-next-80b-a3b", "cache=offload"], "cache.kv_connector", "cache.kv_connector=null"),
     (["workload.max_seq_len=9000"], "workload.max_seq_len", "workload.max_seq_len=8192"),
 ]
 
@@ -73,6 +100,8 @@ ALLOWED = [
     ["model=llama-3.1-8b", "devices=h100x8_dp2tp4"],
     ["model=deepseek-v3", "devices=h100x8"],
     ["workload.max_seq_len=8192"],
+    ["model=llama-3.1-8b", "devices.count=8", "speculative=eagle", f"{DRAFTS}=[{{{LAYER},n_kv_heads:2}}]"],
+    ["model=deepseek-v3", "devices=h200x8", "speculative=mtp"],
 ]
 
 

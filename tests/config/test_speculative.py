@@ -29,6 +29,24 @@ def test_drafts_that_nobody_makes_are_refused_with_a_method_to_try() -> None:
     assert (problem.key, problem.fix) == ("num_speculative_tokens", "speculative_method=eagle")
 
 
+FULL = {"kind": "full", "num_layers": 1, "head_dim": 64}
+
+
+def test_layers_of_a_drafter_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ValidationError) as error:
+        SpeculativeConfig(draft_layer_groups=(FULL,))  # type: ignore[arg-type]
+    (problem,) = error.value.errors()[0]["ctx"]["problems"]
+    assert (problem.key, problem.fix) == ("draft_layer_groups", "speculative_method=standalone")
+
+
+@pytest.mark.parametrize("kind", [{"kind": "sliding_window", "window": 64}, {"kind": "linear", "state_bytes": 64}])
+def test_drafter_that_forgets_is_refused(kind: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as error:
+        SpeculativeConfig(speculative_method="eagle", draft_layer_groups=(FULL, FULL | kind))  # type: ignore[arg-type]
+    (problem,) = error.value.errors()[0]["ctx"]["problems"]
+    assert (problem.key, problem.fix) == ("draft_layer_groups", "draft_layer_groups=null")
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -1,195 +1,244 @@
-"""Traces through the ledger, and the capacity curve that one pass gives."""
+"""A trace replayed for an experiment: capacities, engines, tiers, what is refused, and what a format buys."""
 
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvcfg.cache.eviction import POLICIES
-from kvcfg.errors import ConfigError
-from kvcfg.evaluation.replay import LruCurve, replay_trace
-from kvcfg.evaluation.traces import BLOCK_TOKENS, Trace
+import kvcfg
+from kvcfg.evaluation.replay import Replay
+from kvcfg.results.row import ResultRow
+from kvcfg.results.store import ResultStore
 
-CAPACITIES = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 1000)
+Talks = Callable[..., list[dict[str, Any]]]
+Replayed = Callable[..., Replay]
 
-
-def conversations(seed: int, requests: int = 150) -> list[dict[str, Any]]:
-    """Users that come back with all that was said before, and some that share a system prompt."""
-    rng = random.Random(seed)
-    fresh = iter(range(10**6))
-    system = [next(fresh) for _ in range(3)]
-    talks: list[list[int]] = []
-    lines = []
-    for number in range(requests):
-        if not talks or rng.random() < 0.3:
-            talks.append([*system[: rng.randrange(4)], next(fresh)])
-        talk = rng.choice(talks[-8:])
-        talk += [next(fresh) for _ in range(rng.randrange(1, 4))]
-        tail = rng.randrange(1, BLOCK_TOKENS + 1)
-        blocks = [*talk, next(fresh)]
-        tokens = BLOCK_TOKENS * len(talk) + tail
-        lines.append({"timestamp": number, "input_length": tokens, "output_length": 9, "hash_ids": blocks})
-    return lines
+PAGE_BYTES = 64 * 2**20
+"""Of 512 tokens of llama-3.1-8b in bfloat16."""
 
 
-def trace_of(folder: Path, lines: list[Any]) -> Trace:
-    path = folder / "trace.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
-    return Trace.read(path)
+@pytest.fixture
+def path(tmp_path: Path, talks: Talks, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in talks(1)))
+    return path
 
 
-def plain_lru(lines: list[dict[str, Any]], blocks: int) -> float:
-    """The textbook: an ordered dict of blocks."""
-    cache: OrderedDict[int, None] = OrderedDict()
-    hits = 0
-    for line in lines:
-        for block in line["hash_ids"]:
-            hits += block in cache
-            cache[block] = None
-            cache.move_to_end(block)
-            if len(cache) > blocks:
-                cache.popitem(last=False)
-    return hits * BLOCK_TOKENS / sum(line["input_length"] for line in lines)
+@pytest.fixture
+def replayed(path: Path) -> Replayed:
+    """Replays the trace for llama-3.1-8b on an H100 with overrides and settings."""
+
+    def run(*overrides: str, **settings: Any) -> Replay:
+        base = ["model=llama-3.1-8b", "devices=h100", f"workload.trace={path}", "cache.kv_cache_page_size=512"]
+        return kvcfg.replay_trace(kvcfg.compose([*base, *overrides]), **settings)
+
+    return run
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_curve_is_what_an_ordered_dict_finds(tmp_path: Path, seed: int) -> None:
-    lines = conversations(seed)
-    curve = LruCurve(trace_of(tmp_path, lines).paged(BLOCK_TOKENS), BLOCK_TOKENS)
-    assert [curve.hit_rate(blocks) for blocks in CAPACITIES] == [plain_lru(lines, blocks) for blocks in CAPACITIES]
+def rates(replay: Replay) -> list[float]:
+    return [row.hit_rate for row in replay.rows]
 
 
-@pytest.mark.parametrize("page_size", [64, 512, 1024, 1536])
-@pytest.mark.parametrize("seed", range(3))
-def test_ledger_and_curve_find_the_same_pages(tmp_path: Path, page_size: int, seed: int) -> None:
-    requests = trace_of(tmp_path, conversations(seed)).paged(page_size)
-    curve = LruCurve(requests, page_size)
-    for tokens in CAPACITIES:
-        pages = max(1, tokens * BLOCK_TOKENS // page_size)
-        assert replay_trace(requests, page_size, pages).hit_pages == curve.hit_pages(pages), pages
-    assert replay_trace(requests, page_size).hit_pages == curve.hit_pages(None)
+def test_capacities_are_tokens_bytes_a_plan_or_all(replayed: Replayed) -> None:
+    result = replayed(capacities=[5120, "10k", "1GiB", "plan", "unbounded"])
+    pages = [row.num_pages for row in result.rows]
+    assert pages[:3] == [10, 20, 2**30 // PAGE_BYTES]
+    assert pages[3] == kvcfg.plan(result.job.experiment).num_pages
+    assert pages[4] == result.trace.unique_pages
+    assert all(
+        (row.num_tokens, row.num_bytes) == (512 * row.num_pages, PAGE_BYTES * row.num_pages) for row in result.rows
+    )
 
 
-def test_ledger_and_curve_agree_on_plain_tokens(tmp_path: Path) -> None:
-    rng = random.Random(5)
-    trunk = [rng.randrange(1000) for _ in range(60)]
-    lines = [{"tokens": trunk[: rng.randrange(60)] + [rng.randrange(9) for _ in range(9)]} for _ in range(80)]
-    requests = trace_of(tmp_path, lines).paged(4)
-    curve = LruCurve(requests, 4)
-    assert curve.hit_rate(None) > 0.4
-    for pages in CAPACITIES:
-        assert replay_trace(requests, 4, pages).hit_pages == curve.hit_pages(pages)
+def test_a_capacity_below_one_page_finds_nothing(replayed: Replayed) -> None:
+    (row,) = replayed("cache.eviction=lfu", capacities=[511]).rows
+    assert (row.num_pages, row.hit_rate, row.evictions, row.peak_pages) == (0, 0.0, 0, 0)
 
 
-def test_more_room_never_finds_less(tmp_path: Path) -> None:
-    curve = LruCurve(trace_of(tmp_path, conversations(7)).paged(BLOCK_TOKENS), BLOCK_TOKENS)
-    rates = [rate for _, rate in curve.corners()]
-    assert rates == sorted(rates)
-    assert rates[-1] == curve.hit_rate(None) == curve.hit_rate(curve.unique_pages)
+def test_smaller_format_holds_more_tokens_in_the_same_bytes(replayed: Replayed) -> None:
+    wide, narrow = (
+        replayed(f"cache.kv_cache_format={name}", capacities=["3GiB"]).rows[0] for name in ("bfloat16", "int8")
+    )
+    assert 1.9 < narrow.num_pages / wide.num_pages < 2
+    assert narrow.hit_rate > wide.hit_rate
 
 
-def test_a_first_use_is_never_found(tmp_path: Path) -> None:
-    line = {"input_length": 1024, "output_length": 1, "hash_ids": [1, 2]}
-    requests = trace_of(tmp_path, [line, line, line]).paged(BLOCK_TOKENS)
-    result = replay_trace(requests, BLOCK_TOKENS)
-    assert (result.hit_pages, result.hit_rate) == (4, 4 * 512 / 3072)
-    assert result.saved_tokens == 2 * 1023
-
-
-def test_a_prompt_longer_than_the_cache_leaves_its_end(tmp_path: Path) -> None:
-    long = {"input_length": 5 * 512, "output_length": 1, "hash_ids": [1, 2, 3, 4, 5]}
-    requests = trace_of(tmp_path, [long, long]).paged(BLOCK_TOKENS)
-    result = replay_trace(requests, BLOCK_TOKENS, 3)
-    assert (result.hit_pages, result.evictions, result.peak_pages) == (0, 7, 3)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_all_policies_find_everything_when_there_is_room(tmp_path: Path, policy: str) -> None:
-    requests = trace_of(tmp_path, conversations(1)).paged(BLOCK_TOKENS)
-    result = replay_trace(requests, BLOCK_TOKENS, eviction=policy)
-    assert result.evictions == 0
-    assert result.hit_pages == LruCurve(requests, BLOCK_TOKENS).hit_pages(None)
-
-
-def test_policies_differ_when_there_is_none(tmp_path: Path) -> None:
-    requests = trace_of(tmp_path, conversations(1)).paged(BLOCK_TOKENS)
-    found = {policy: replay_trace(requests, BLOCK_TOKENS, 21, eviction=policy).hit_pages for policy in POLICIES}
-    assert found["lru"] == found["priority"]
-    assert len({*found.values()}) == 3
-
-
-def test_requests_that_run_together_hold_pages_together(tmp_path: Path) -> None:
-    requests = trace_of(tmp_path, conversations(2)).paged(BLOCK_TOKENS)
-    alone, together = (replay_trace(requests, BLOCK_TOKENS, 200, running=running) for running in (1, 4))
-    assert together.peak_pages > alone.peak_pages == max(request.num_pages for request in requests)
-
-
-def test_the_last_token_of_a_plain_prompt_is_computed(tmp_path: Path) -> None:
-    line = {"tokens": list(range(8))}
-    result = replay_trace(trace_of(tmp_path, [line, line]).paged(4), 4)
-    assert result.saved_tokens == 4
-
-
-def test_text_counts_bytes_and_salts_keep_apart(tmp_path: Path) -> None:
-    lines = [{"text": "grüße, cache"}, {"text": "grüße, cache", "salt": "b"}, {"text": "grüße, cache", "salt": "b"}]
-    requests = trace_of(tmp_path, lines).paged(4)
-    result = replay_trace(requests, 4)
-    assert (result.input_tokens, result.hit_pages) == (3 * 14, 3)
-
-
-def test_small_pages_of_a_block_follow_its_tokens(tmp_path: Path) -> None:
-    line = {"input_length": 512 + 100, "output_length": 1, "hash_ids": [1, 2]}
-    (request,) = trace_of(tmp_path, [line]).paged(64)
-    assert [item.num_pages for item in request.pages] == [8, 2]
-    assert len(set(request.page_names())) == request.num_pages == 10
-
-
-@pytest.mark.parametrize("page_size", [48, 768])
-def test_pages_that_cut_blocks_are_refused(tmp_path: Path, page_size: int) -> None:
-    with pytest.raises(
-        ConfigError, match=r"must divide 512 or be a multiple of it.*Try: cache\.kv_cache_page_size=512"
-    ):
-        trace_of(tmp_path, conversations(0)).paged(page_size)
+def test_both_engines_say_the_same(replayed: Replayed) -> None:
+    settings: dict[str, Any] = {"capacities": ["4k", "16k", "64k", "unbounded"]}
+    curve, ledger = (replayed(engine=engine, **settings) for engine in ("curve", "ledger"))
+    assert [row.engine for row in curve.rows + ledger.rows] == ["curve"] * 4 + ["ledger"] * 4
+    for one, two in zip(curve.to_dict()["capacities"], ledger.to_dict()["capacities"], strict=True):
+        assert one | {"engine": ""} == two | {"engine": ""}
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("override", "running", "engines"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 must be an object"),
-        ('{"prompt": "x"}', "line 2 must have hash_ids, tokens or text"),
-        ('{"hash_ids": [1], "input_length": 513}', "line 2: input_length must need as many blocks"),
-        ('{"hash_ids": [], "input_length": 0}', "line 2: input_length must need as many blocks"),
+        ("cache.eviction=lru", 1, ["curve", "curve"]),
+        ("cache.eviction=lru", 2, ["ledger", "ledger"]),
+        ("cache.eviction=lfu", 1, ["ledger", "curve"]),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        trace_of(tmp_path, [{"tokens": [1]}, line])
+def test_auto_takes_the_curve_where_it_is_exact(
+    replayed: Replayed, override: str, running: int, engines: list[str]
+) -> None:
+    result = replayed(override, capacities=["16k", "unbounded"], running=running)
+    assert [row.engine for row in result.rows] == engines
 
 
-def test_tokens_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="token ids must be integers"):
-        trace_of(tmp_path, [{"tokens": [1, "two"]}]).paged(4)
+def test_prefixes_that_outlive_their_ends_are_found_more(replayed: Replayed) -> None:
+    head, tail = (replayed(capacities=["6k"], release=release) for release in ("head_first", "tail_first"))
+    assert rates(tail) > rates(head)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"workload\.trace=.*cannot be read"):
-        Trace.read(tmp_path / "nothing.jsonl")
+TIERED = (
+    "cache.kv_connector=tiered",
+    "cache.kv_connector_config.disk_offload_dir=/tmp/kv",
+    f"cache.kv_connector_config.host_kvcache_swap_space_gb={20 * PAGE_BYTES / 2**30}",
+    f"cache.kv_connector_config.disk_offload_max_gb={60 * PAGE_BYTES / 2**30}",
+)
 
 
-def test_an_unbounded_cache_is_not_one_of_no_pages(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must be at least 1"):
-        replay_trace(trace_of(tmp_path, conversations(0)).paged(512), 512, 0)
+def first_tier_that_has_it(path: Path, sizes: dict[str, int]) -> dict[str, float]:
+    """Three caches that each keep the blocks used last, all of them told of every use."""
+    caches: dict[str, OrderedDict[int, None]] = {name: OrderedDict() for name in sizes}
+    hits = dict.fromkeys(sizes, 0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for block in blocks_of(lines):
+        having = next((name for name, cache in caches.items() if block in cache), None)
+        if having is not None:
+            hits[having] += 512
+        for name, cache in caches.items():
+            cache[block] = None
+            cache.move_to_end(block)
+            if len(cache) > sizes[name]:
+                cache.popitem(last=False)
+    total = sum(line["input_length"] for line in lines)
+    return {name: found / total for name, found in hits.items()}
 
 
-def test_replay_needs_neither_torch_nor_numpy() -> None:
-    code = "import kvcfg.evaluation.replay, sys; print([name for name in ('torch', 'numpy') if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+def blocks_of(lines: list[dict[str, Any]]) -> Iterator[int]:
+    return (block for line in lines for block in line["hash_ids"])
+
+
+@pytest.mark.parametrize("engine", ["curve", "ledger"])
+@pytest.mark.parametrize("device", [1, 8, 40, 100])
+def test_tiers_find_what_three_caches_behind_each_other_find(
+    replayed: Replayed, path: Path, device: int, engine: str
+) -> None:
+    (row,) = replayed(*TIERED, capacities=[512 * device], engine=engine).rows
+    expected = first_tier_that_has_it(path, {"device": device, "host": 20, "disk": 60})
+    assert row.hit_rates == pytest.approx(expected)
+    assert row.hit_rate == pytest.approx(sum(expected.values()))
+
+
+def test_tiers_of_the_config_are_counted_in_pages(replayed: Replayed) -> None:
+    assert dict(replayed(*TIERED).job.tiers) == {"host": 20, "disk": 60}
+
+
+def test_more_tiers_never_find_less_under_another_policy(replayed: Replayed) -> None:
+    alone, behind = (replayed("cache.eviction=lfu", *tiers, capacities=["4k"]).rows[0] for tiers in ((), TIERED))
+    assert behind.hit_rates["device"] == alone.hit_rate < behind.hit_rate
+    assert behind.saved_tokens > alone.saved_tokens
+
+
+def measured(model: str, name: str, recipe: str, kl: float, page_size: int) -> ResultRow:
+    known: dict[str, Any] = {field: 1.0 for field in ResultRow.__dataclass_fields__}
+    known |= {"model": model, "format": name, "recipe": recipe, "kl": kl, "kl_ci": (kl, kl), "page_size": page_size}
+    known |= {"fingerprint": f"{recipe}{kl}", "device": "cpu", "text_sha": "x", "created": "x"}
+    return ResultRow(**known | {"overrides": (), "config": {}, "versions": {}})
+
+
+def test_kl_is_that_of_a_measured_row_of_the_same_model_and_recipe(replayed: Replayed) -> None:
+    assert replayed().to_dict()["kl"] is None
+    recipe = replayed("cache.kv_cache_format=int8").job.recipe
+    store = ResultStore("results/rows.jsonl")
+    for row in (
+        measured("llama-3.1-8b", "int8", recipe, 0.1, 512),
+        measured("llama-3.1-8b", "int8", recipe, 0.2, 128),
+        measured("llama-3.1-8b", "int8", "another", 0.3, 512),
+        measured("another", "int8", recipe, 0.4, 512),
+    ):
+        store.append(row)
+    assert replayed("cache.kv_cache_format=int8").to_dict()["kl"] == 0.1
+    assert replayed("cache.kv_cache_format=int8", "cache.kv_cache_page_size=64").to_dict()["kl"] == 0.2
+    assert replayed().to_dict()["kl"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "settings", "told"),
+    [
+        (
+            "workload.trace=null",
+            {},
+            r"workload\.trace=null: must be the path of a request trace.*Try: workload\.trace=",
+        ),
+        ("cache.enable_prefix_caching=false", {}, r"Try: cache\.enable_prefix_caching=true"),
+        ("cache.kv_cache_page_size=48", {}, r"Try: cache\.kv_cache_page_size=512"),
+        ("model=qwen3-next-80b-a3b", {}, "linear layers"),
+        ("cache.eviction=lfu", {"engine": "curve"}, "engine=curve: is exact for .* Try: engine=auto"),
+        ("cache.eviction=lru", {"engine": "curve", "running": 2}, "Try: engine=auto"),
+        ("cache.eviction=lru", {"engine": "guess"}, "engine=guess: must be one of auto, curve or ledger"),
+        ("cache.eviction=lru", {"running": 0}, "running=0: must be"),
+        ("cache.eviction=lru", {"release": "now"}, "release=now: must be one of head_first or tail_first"),
+        ("cache.eviction=lru", {"capacities": ["1X"]}, r"'1X' is no capacity.*Try: capacities=\["),
+        ("cache.eviction=lru", {"capacities": []}, "capacities=.*must be a list"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(
+    replayed: Replayed, override: str, settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(kvcfg.ConfigError, match=told):
+        replayed(override, **settings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["devices=h100x8_dp8"], "Each of the 8 replicas"),
+        (["model=gemma-3-27b"], "windowed layers"),
+        (["model=llama-3.1-405b"], "no room for a page"),
+        (["cache.kv_connector=dkv", "cache.kv_connector_config.block_store_endpoint=tcp://h:1"], "block store"),
+    ],
+)
+def test_what_to_know_is_noted(replayed: Replayed, overrides: list[str], told: str) -> None:
+    assert any(told in note for note in replayed(*overrides).notes)
+
+
+def test_blocks_without_names_are_noted(replayed: Replayed, path: Path) -> None:
+    lines = [{"input_length": 512, "hash_ids": [1]}, {"input_length": 5000, "hash_ids": [1]}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert replayed().notes == ("4,096 prompt tokens are in full blocks without a hash id and are never found.",)
+
+
+def test_blocks_of_another_size_are_read_when_told(replayed: Replayed, path: Path) -> None:
+    line = json.dumps({"input_length": 64, "hash_ids": [1, 2, 3, 4]})
+    path.write_text(f"{line}\n{line}\n")
+    assert rates(replayed("workload.trace_block_size=16", "cache.kv_cache_page_size=16"))[-1] == 0.5
+
+
+def test_result_is_plain_json(replayed: Replayed) -> None:
+    data = json.loads(json.dumps(replayed(*TIERED).to_dict()))
+    assert (data["model"], data["page_size"], data["trace"]["requests"]) == ("llama-3.1-8b", 512, 150)
+    assert set(data["capacities"][0]["hit_rates"]) == {"device", "host", "disk"}
+
+
+def test_replay_loads_neither_torch_nor_numpy(path: Path) -> None:
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = sys.modules["matplotlib"] = None
+import kvcfg
+experiment = kvcfg.compose(["model=llama-3.1-8b", "devices=h100", "workload.trace={path}", "cache.eviction=lfu"])
+print(kvcfg.replay_trace(experiment).rows[-1].hit_rate > 0, "numpy" in sys.modules)
+"""
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "True False", run.stderr

@@ -19,7 +19,7 @@ LAYERS = (
     {"kvcfg.formats.*", "kvcfg.kernels"},
     {"kvcfg.planning", "kvcfg.composition"},
     {"kvcfg.config"},
-    {"kvcfg.params", "kvcfg.group_params", "kvcfg.param_checks", "kvcfg.sizing"},
+    {"kvcfg.params", "kvcfg.group_params", "kvcfg.param_checks", "kvcfg.sizing", "kvcfg.symbolic"},
     {"kvcfg.formats"},
     {"kvcfg.dtypes", "kvcfg.registry", "kvcfg.units", "kvcfg.errors", "kvcfg.version"},
 )

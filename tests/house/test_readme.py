@@ -44,6 +44,16 @@ def test_command_of_the_tour_runs(command: str, tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) > 2
 
 
+def test_trace_of_the_readme_is_replayed(tmp_path: Path) -> None:
+    program = f"""kvcfg() {{ {shlex.quote(sys.executable)} -m kvcfg "$@"; }}; set -e\n{blocks("sh")[1]}"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        ["bash", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "requests.jsonl: 3 requests" in done.stdout and "vs wider" in done.stdout
+
+
 @pytest.mark.model
 def test_python_snippets_run_one_after_the_other(tmp_path: Path) -> None:
     done = run(["-W", "error::DeprecationWarning:__main__", "-c", "\n".join(blocks("python"))], tmp_path)

@@ -1,4 +1,4 @@
-"""kvcfg's answer to a recorded question, in the record's own words.
+"""kvcfg's answers about configs and parameters to recorded questions, in the records' own words.
 
 An answer is a nested dict with the keys of the record's `outputs` that kvcfg has; `RAISED` stands for a
 property that raises. A refused question raises one of `REFUSALS`. Two stand-in CPUs of a record are
@@ -39,13 +39,6 @@ Answer = dict[str, Any]
 REFUSALS = (ConfigError, CapacityError, ValidationError)
 RAISED = "raised"
 TO_PARAMS = set(KVCacheConfig.to_params.__annotations__) | {"allow_kv_head_replication"}
-
-
-def answer(record: Mapping[str, Any]) -> Answer | None:
-    """What kvcfg says to the record's question; None if it cannot be asked yet."""
-    ask = ASK.get(record["kind"])
-    asked_for = {**(record.get("outputs") or {}), **record.get("output_errors", {})}
-    return None if ask is None else encode(ask(decode(record["inputs"]), asked_for))
 
 
 def decode(value: Any) -> Any:

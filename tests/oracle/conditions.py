@@ -30,7 +30,7 @@ NEW_FIELDS = (
     "shape_per_layer_block", "slots_per_page", "state_pool_dtype", "storage_head_dim", "use_greedy_acceptance",
     "window_size",
 )  # fmt: skip
-SIZES = ("num_blocks", "bytes", "max_seq_len")
+SIZES = ("num_blocks", "bytes", "max_seq_len", "total_pages", "available_cache_memory", "max_supported_sequence_length")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Difference:
         """The connectors that the question names, as MAX read them."""
         fields = (self.record.get("outputs") or {}).get("fields", {})
         read = {fields.get("kv_connector"), (fields.get("kv_connector_config") or {}).get("type")}
-        return read | {case.get("config", {}).get("kv_connector") for case in self.cases}
+        configs = [case.get("config", {}) for case in self.cases] + self.inputs.get("objects", [])
+        return read | {config.get("kv_connector") for config in configs}
 
     @property
     def says(self) -> str:
@@ -88,6 +89,22 @@ class Difference:
 
 
 Test = Callable[[Difference], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reason to differ: fault number or scope, what kvcfg does, and where it holds."""
+
+    reason: str
+    why: str
+    holds: Test
+
+    def explains(self, difference: Difference) -> bool:
+        """Whether it holds; values that cannot even be looked at are not explained."""
+        try:
+            return self.holds(difference)
+        except (TypeError, ValueError, LookupError, AttributeError):
+            return False
 
 
 def refused(key: str, test: Test = lambda d: True) -> Test:
@@ -161,7 +178,7 @@ def fewer_or_larger(d: Difference) -> bool:
 
 def other_pages_fit(d: Difference) -> bool:
     """Pages of another size: fewer fit with scales, more with one latent."""
-    if d.path == "bytes" or gains_scales(d) == is_dp_mla(d):
+    if d.path in ("bytes", "available_cache_memory") or gains_scales(d) == is_dp_mla(d):
         return gains_scales(d) or is_dp_mla(d)
     return bool(d.ours < d.theirs if gains_scales(d) else d.ours > d.theirs > 0)
 
@@ -178,26 +195,32 @@ def one_latent_shape(d: Difference) -> bool:
     return is_dp_mla(d) and d.ours == [*before[:-1], 1, dim] and before[-1] == d.calls[0]["n_kv_heads"]
 
 
-def _slack(call: Mapping[str, Any]) -> int:
+def slack(call: Mapping[str, Any]) -> int:
+    """Slots beyond its length that a sequence needs while drafting."""
     drafts = call.get("num_draft_tokens", 0)
     return 3 * drafts + (call.get("speculative_method") == "dflash") + 1 if drafts else 0
 
 
-def _needed(d: Difference, slack: int) -> int:
+def _needed(d: Difference, slots: int) -> int:
     """What the workload needs, in pages or bytes, with that many slots beyond each sequence."""
+    if d.path == "bytes":
+        block = d.record["outputs"]["bytes_per_block"] * d.calls[0].get("data_parallel_degree", 1)
+        return int(_pages_needed(d, slots) * block)
+    return _pages_needed(d, slots)
+
+
+def _pages_needed(d: Difference, slots: int) -> int:
     page = d.cases[0]["config"].get("kv_cache_page_size", 128)
-    pages = math.ceil((d.inputs["max_seq_len"] + slack) / page) * d.inputs["max_batch_size"]
-    pages += d.inputs.get("flags", {}).get("include_null_block", False)
-    block = d.record["outputs"]["bytes_per_block"] * d.calls[0].get("data_parallel_degree", 1)
-    return int(pages * block) if d.path == "bytes" else int(pages)
+    pages = math.ceil((d.inputs["max_seq_len"] + slots) / page) * d.inputs["max_batch_size"]
+    return int(pages + d.inputs.get("flags", {}).get("include_null_block", False))
 
 
 def gains_slack(d: Difference) -> bool:
     """The pool has room for drafts: more pages for a batch, fewer tokens in a pool."""
-    slack = _slack(d.calls[0])
+    slots = slack(d.calls[0])
     if d.path == "max_seq_len":
-        return bool(slack and (d.theirs - d.ours == slack or d.ours == 1))
-    return bool(slack and d.theirs == _needed(d, 0) < d.ours <= _needed(d, slack))
+        return bool(slots and (d.theirs - d.ours == slots or d.ours == 1))
+    return bool(slots and d.theirs == _needed(d, 0) < d.ours <= _needed(d, slots))
 
 
 def loses_one_slot(d: Difference) -> bool:
@@ -208,8 +231,8 @@ def loses_one_slot(d: Difference) -> bool:
         return bool(d.ours - d.theirs == 1)
     if d.path == "spec_decode_cache_slack":
         return bool(d.theirs - d.ours == 1)
-    slack = _slack(d.calls[0])
-    return bool(d.ours == _needed(d, slack) < d.theirs <= _needed(d, slack + 1))
+    slots = slack(d.calls[0])
+    return bool(d.ours == _needed(d, slots) < d.theirs <= _needed(d, slots + 1))
 
 
 def is_same_draft(d: Difference) -> bool:

@@ -8,11 +8,11 @@ of a value with both answers, `refused.KEY` (or `unknown.KEY`) for a value that 
     26.7-only-field   fields, methods and layouts that only one release has
     hash-algo         page hashes: kvcfg has no 64-bit one
     class-name        how objects are called
+    engine-rule       what MAX's own kernels, tiers, counters and planner ask for
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import get_args
 
 from conditions import (
@@ -27,7 +27,7 @@ from conditions import (
     OLD_SETTINGS,
     SIZES,
     Difference,
-    Test,
+    Rule,
     accepted,
     below,
     fewer_bytes,
@@ -52,32 +52,18 @@ from conditions import (
     unknown,
     value,
 )
+from engine_differences import ENGINE_RULES
 
 from kvcfg.formats import FORMATS, SCALE_DTYPES
 from kvcfg.param_checks import SpeculativeMethod
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A reason to differ: fault number or scope, what kvcfg does, and where it holds."""
-
-    reason: str
-    why: str
-    holds: Test
-
-    def explains(self, difference: Difference) -> bool:
-        """Whether it holds; values that cannot even be looked at are not explained."""
-        try:
-            return self.holds(difference)
-        except (TypeError, ValueError, LookupError, AttributeError):
-            return False
-
-
 def explain(difference: Difference) -> str | None:
     """The reason of the first rule that holds for a difference."""
-    return next((rule.reason for rule in RULES if rule.explains(difference)), None)
+    return next((rule.reason for rule in (*RULES, *ENGINE_RULES) if rule.explains(difference)), None)
 
 
+CONFIGS = ("kv_cache_config", "config_ops", "load_manager")
 CONNECTOR = r"(?:kv_connector_config\.)?"
 BLOCK = r"(?:copy_as_dp_1\.\d+\.)?bytes_per_block"
 BUFFERS = r"replicas\.\d+\.(?:values|scales|memory_units)"
@@ -114,7 +100,7 @@ RULES = (
         "kv_connector_config.block_store_endpoint", lambda d: d.ours in (None, "") and "dkv" in d.connectors)),
     Rule("7", "a host tier needs prefix caching", refused(
         "enable_prefix_caching",
-        lambda d: d.ours is False and d.kind == "kv_cache_config" and d.connectors & {*HOST_TIERS} != set())),
+        lambda d: d.ours is False and d.kind in CONFIGS and d.connectors & {*HOST_TIERS} != set())),
     Rule("connector-names", "the type is kv_connector, beside its settings", unknown(CONNECTOR + "type")),
     Rule("26.7-only-field", "settings of 26.7's own tiers", new(unknown(CONNECTOR + f"(?:{'|'.join(NEW_SETTINGS)})"))),
     Rule("26.7-only-field", "fields that only 26.7 has", new(unknown("|".join(NEW_FIELDS)))),
@@ -134,7 +120,7 @@ RULES = (
         r"(?:fields|dump_json)\.kv_connector_config\.\w+", merges))),
     Rule("connector-names", "kv_connector is a field, its settings are null until given", new(value(
         r"(?:fields|dump_json)\.kv_connector_config(?:\.\w+)*",
-        lambda d: d.kind == "kv_cache_config" and d.ours == MISSING))),
+        lambda d: d.kind in CONFIGS and d.ours == MISSING))),
     Rule("connector-names", "settings keep 26.4's names", new(value(
         rf"(?:fields|dump_json|extra)\.{CONNECTOR}(?:__extra__\.)?(?:{ANY_SETTING})(?:\..+)?"))),
     Rule("connector-names", "settings keep 26.4's names", new(refused(CONNECTOR + f"(?:{'|'.join(OLD_SETTINGS)})"))),
@@ -145,6 +131,8 @@ RULES = (
         "kv_cache_hash_algo|kv_cache_hash_seed", lambda d: d.is_new)),
     Rule("hash-algo", "no 64-bit hash", new(value(
         r"kv_hash_algo|(?:fields|dump_json)\.kv_cache_hash_algo", lambda d: d.theirs == "ahash64"))),
+    Rule("26.7-only-field", "fields that only 26.7 has", old(accepted(
+        rf"extra_forbidden (?:{'|'.join(NEW_FIELDS)})$"))),
     Rule("hash-algo", "26.4 has no choice of hash", old(accepted("extra_forbidden kv_cache_hash_(?:algo|seed)$"))),
     Rule("13", "at least one draft token", refused("num_speculative_tokens", lambda d: int(d.ours) < 1)),
     Rule("26.7-only-field", "the number of drafts is null until a method needs it", value(

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the kvcfg of this checkout
 
 import traces
-from answers import RAISED, REFUSALS, answer, same_cpus
+from answers import RAISED, REFUSALS, same_cpus
 from conditions import MISSING, Difference
 from differences import explain
+from engine_answers import answer
 from pydantic import ValidationError
 
 from kvcfg.errors import ConfigError

@@ -58,6 +58,35 @@ def test_wrong_number_is_noticed(kind: str, name: str, tmp_path: Path) -> None:
     assert f"{record['id']} {kind} {record['max']} {name}" in done.stdout
 
 
+CHANGES: dict[str, tuple[str, Any]] = {
+    "symbolic_inputs": ("per_device.0.lookup_table.dtype", "int32"),
+    "max_lengths": ("max_lengths", [[1, 2]]),
+    "kv_metrics": ("prompt_tokens", 7),
+    "memory_footprint": ("available_cache_memory", 7),
+    "load_manager": ("total_pages", 70),
+    "config_ops": ("result", "neither"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_other_answer_is_noticed(kind: str, tmp_path: Path) -> None:
+    path, answer = CHANGES[kind]
+    *places, name = path.split(".")
+    for line in gzip.decompress(RECORDS[0].read_bytes()).splitlines():
+        record = json.loads(line)
+        where = record.get("outputs", {})
+        if record["kind"] == kind and record["ok"] and path.split(".")[0] in where:
+            break
+    for place in places:
+        where = where[int(place) if place.isdigit() else place]
+    where[name] = answer
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(json.dumps(record))
+    done = replay(changed)
+    assert done.returncode == 1
+    assert f"{record['id']} {kind} {record['max']} {path}" in done.stdout
+
+
 def test_refusal_that_kvcfg_does_not_share_is_noticed(tmp_path: Path) -> None:
     record = answered("to_params") | {"ok": False, "error": {"type": "ValueError", "message": "no"}}
     changed = tmp_path / "changed.jsonl"

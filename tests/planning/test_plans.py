@@ -131,8 +131,46 @@ def test_scales_are_a_thirty_third_of_an_8_bit_cache_with_heads_of_128(planned: 
 def test_drafts_take_pages_of_every_sequence(planned: Planned) -> None:
     words = ("model=llama-3.1-8b", "devices=h100", "workload.max_batch_size=8", "workload.max_seq_len=8192")
     plain, drafting = planned(*words), planned(*words, "speculative=eagle")
-    assert drafting.included()["draft_slack"] == 8 * plain.bytes_per_page
-    assert drafting.kv_bytes - plain.kv_bytes == 8 * (plain.bytes_per_page + 2 * 8 * 4)
+    assert drafting.included()["draft_slack"] == 8 * drafting.bytes_per_page
+    assert drafting.breakdown()["pages"] - plain.breakdown()["pages"] == 8 * plain.bytes_per_page
+
+
+def test_a_drafter_adds_its_layers_to_every_page(planned: Planned) -> None:
+    words = ("model=llama-3.1-8b", "devices=h100", "workload.max_batch_size=8", "workload.max_seq_len=8192")
+    plain, drafting = planned(*words), planned(*words, "speculative=eagle")
+    one_layer = plain.bytes_per_page // 32
+    assert drafting.bytes_per_page == plain.bytes_per_page + one_layer
+    assert drafting.breakdown()["draft_pages"] == drafting.num_pages * one_layer
+    assert [group["role"] for group in drafting.layer_groups()] == ["target", "draft"]
+
+
+@pytest.mark.parametrize("method", ["standalone", "eagle", "mtp", "dflash"])
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-27b", "deepseek-v3", "mistral-7b-v0.1"])
+def test_every_preset_of_drafting_plans_to_the_byte(planned: Planned, model: str, method: str) -> None:
+    plan = planned(f"model={model}", "devices=h200x8", f"speculative={method}")
+    params = plan.resolution.params
+    assert [group.role for group in params.params][-1] == "draft"
+    assert len(params.page_table_columns(1000)) == 1 + sum(not group.grows for group in params.params)
+    assert sum(plan.breakdown().values()) == plan.kv_bytes > plan.breakdown()["draft_pages"] > 0
+
+
+def test_told_layers_of_a_drafter_show_in_what_was_resolved(planned: Planned) -> None:
+    words = ("model=llama-3.1-8b", "devices=h100", "speculative.speculative_method=mtp")
+    (group,) = planned(*words).to_dict()["resolved"]["speculative"]["draft_layer_groups"]
+    assert (group["kind"], group["num_layers"], group["n_kv_heads"], group["head_dim"]) == ("full", 1, 8, 128)
+
+
+def test_a_linear_state_turns_prefix_caching_off_and_says_so(planned: Planned) -> None:
+    plan = planned("model=qwen3-next-80b-a3b", "devices=h100x8")
+    choice = next(item for item in plan.choices if item.key == "cache.enable_prefix_caching")
+    assert (choice.requested, choice.resolved) == (True, False)
+    assert not plan.resolution.params.enable_prefix_caching
+
+
+def test_a_hash_that_can_be_forged_is_noted_where_prefixes_are_shared(planned: Planned) -> None:
+    words = ("model=llama-3.1-8b", "devices=h100", "cache.kv_cache_hash_algo=xxh3_128")
+    assert "sha256" in " ".join(planned(*words).notices)
+    assert planned(*words, "cache.enable_prefix_caching=false").notices == planned(*words[:2]).notices == ()
 
 
 def test_pool_is_no_larger_than_the_workload_can_use(planned: Planned) -> None:

@@ -64,7 +64,14 @@ def test_scales_are_read_with_the_elements(planned: Planned) -> None:
 def test_drafts_raise_the_bound_by_what_one_step_can_gain(planned: Planned) -> None:
     words = ("model=llama-3.1-8b", "devices=h100", *WORK)
     plain, drafting = planned(*words).roofline, planned(*words, "speculative=eagle").roofline
-    assert drafting.max_tokens_per_s == pytest.approx(3 * (plain.max_tokens_per_s or 0))
+    slower = (plain.min_step_ms or 0) / (drafting.min_step_ms or 1)
+    assert drafting.max_tokens_per_s == pytest.approx(3 * (plain.max_tokens_per_s or 0) * slower)
+
+
+@pytest.mark.parametrize(("words", "reads"), [("speculative=eagle", 2 * 1), ("speculative=dflash", 1 * 5)])
+def test_layers_of_a_drafter_are_read_at_each_of_its_steps(planned: Planned, words: str, reads: int) -> None:
+    plain, drafting = (planned("model=llama-3.1-8b", "devices=h100", *WORK, *more) for more in ((), (words,)))
+    assert 32 * (drafting.roofline.kv_bytes - plain.roofline.kv_bytes) == reads * plain.roofline.kv_bytes
 
 
 def test_no_bound_without_a_bandwidth(planned: Planned) -> None:
