@@ -10,6 +10,7 @@ from kvcfg.cache.manager import KVCacheManager
 from kvcfg.cache.namespace import namespace
 from kvcfg.cache.prefix import PageHasher
 from kvcfg.cache.replica import CacheOptions
+from kvcfg.config.cache import KVConnectorType
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.dtypes import DeviceRef
 from kvcfg.errors import BackendUnavailable, CapacityError
@@ -27,12 +28,13 @@ def build_manager(
         adapter: name or digest of the adapter that the model runs with; its pages are kept apart.
 
     Raises:
-        BackendUnavailable: if the config names a GPU that this machine does not have.
+        BackendUnavailable: if the config names a GPU that this machine does not have, or tiers.
         CapacityError: if the plan does not fit in memory.
     """
     planned = plan(experiment)
     if not planned.fits:
         raise CapacityError(str(planned.shortfall))
+    check_connector(experiment)
     params, cache = planned.resolution.params, experiment.cache
     hasher = PageHasher(
         cache.kv_cache_hash_algo,
@@ -54,6 +56,16 @@ def build_manager(
             enable_dp_cross_replica_prefix_copy=cache.enable_dp_cross_replica_prefix_copy,
         ),
     )
+
+
+def check_connector(experiment: ExperimentConfig) -> None:
+    """Raise BackendUnavailable if pages are to leave the device: tiers can be planned and replayed, not yet built."""
+    connector = experiment.cache.kv_connector
+    if connector not in (None, KVConnectorType.null):
+        raise BackendUnavailable(
+            f"cache.kv_connector={connector} can be planned and replayed, but pages cannot leave the device yet. "
+            "Try: cache.kv_connector=null"
+        )
 
 
 def _torch_device(device: DeviceRef) -> torch.device:

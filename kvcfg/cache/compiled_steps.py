@@ -62,8 +62,9 @@ def compiled_steps(
     if not growing or any(group.kind not in (*GROWING, *PAGELESS) for group in groups):
         return None
     algorithm = "sha256" if hasher is None else hasher.algorithm if type(hasher) is PageHasher else ""
-    chain, functions = chain_address(algorithm), core_functions()
-    if chain is None or functions is None:
+    chain = chain_address(algorithm)
+    functions = None if chain is None else core_functions()
+    if functions is None:
         return None
     core = functions.new(num_pages, page_size, NAME_BYTES[algorithm], chain)
     names = [groups[place].name for place in growing]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvcfg.cache.building import check_connector
 from kvcfg.cache.paged import PagedKVCache
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.model import LayerGroup
@@ -91,12 +92,14 @@ def build(experiment: ExperimentConfig, model: Any) -> PagedKVCache:
         model: a causal language model of transformers; its layers must be those of the config.
 
     Raises:
+        BackendUnavailable: if pages are to leave the device.
         CapacityError: if the plan does not fit in memory.
         ShapeError: if the model's layers are not those of the config.
     """
     planned = plan(experiment)
     if not planned.fits:
         raise CapacityError(str(planned.shortfall))
+    check_connector(experiment)
     params = experiment.to_params()
     check_model(experiment, model)
     return PagedKVCache(

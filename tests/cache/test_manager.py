@@ -371,6 +371,12 @@ def test_gpus_that_are_not_here_are_named() -> None:
         build_manager(experiment)
 
 
+def test_tiers_that_cannot_be_built_yet_say_so() -> None:
+    tier = ["cache.kv_connector=local", "cache.kv_connector_config.host_kvcache_swap_space_gb=1"]
+    with pytest.raises(BackendUnavailable, match=r"planned and replayed, .* Try: cache\.kv_connector=null"):
+        build_manager(kvcfg.compose(["model=tiny", "devices=cpu", "workload.max_batch_size=1", *tier]))
+
+
 def test_many_threads_leave_counts_and_contents_whole() -> None:
     manager = manager_of(num_pages=40, max_batch_size=6)
     failures: list[BaseException] = []
