@@ -6,7 +6,6 @@ from outside are numbered, because a core's names all have the same width.
 
 from __future__ import annotations
 
-import os
 import weakref
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -17,6 +16,7 @@ from struct import unpack
 
 from kvcfg.cache.engine import Held
 from kvcfg.cache.metrics import LedgerMetrics
+from kvcfg.cache.outside_names import OutsideNames
 from kvcfg.cache.pages import (
     GROWING,
     PAGELESS,
@@ -39,13 +39,11 @@ from kvcfg.kernels.cpu.page_core import (
     CoreFunctions,
     CoreHead,
     RowHead,
-    chain_address,
     core_functions,
+    hashing_addresses,
 )
 
 _NOTHING = Commit()
-_FEW_NAMES = 1024
-"""Names from outside that are remembered beyond one a page."""
 
 
 def compiled_steps(
@@ -62,11 +60,11 @@ def compiled_steps(
     if not growing or any(group.kind not in (*GROWING, *PAGELESS) for group in groups):
         return None
     algorithm = "sha256" if hasher is None else hasher.algorithm if type(hasher) is PageHasher else ""
-    chain = chain_address(algorithm)
-    functions = None if chain is None else core_functions()
+    hashing = hashing_addresses(algorithm)
+    functions = core_functions() if hashing else None
     if functions is None:
         return None
-    core = functions.new(num_pages, page_size, NAME_BYTES[algorithm], chain)
+    core = functions.new(num_pages, page_size, NAME_BYTES[algorithm], *hashing)
     names = [groups[place].name for place in growing]
     return CompiledSteps(
         functions, core, growing, names, num_pages, page_size, hasher, num_draft_tokens, bytes_for_pages, clock
@@ -108,10 +106,7 @@ class CompiledSteps:
         self._width: int = 0 if hasher is None else NAME_BYTES[hasher.algorithm]
         self._bytes_for_pages, self._clock = bytes_for_pages, clock
         self._rows: dict[SeqId, int] = {}
-        self._given: dict[SeqId, list[Hashable]] = {}  # names from outside
-        self._numbers: dict[Hashable, bytes] = {}
-        self._last_number, self._clear_at = 0, num_pages + _FEW_NAMES
-        self._mark = os.urandom(max(0, self._width - 8))  # no name from outside is likely to be a number
+        self._names = OutsideNames(self._width, num_pages)
         self._refusals = 0
         self._last_batch: list[SeqId] | None = None
         self._last_rows = array("Q")
@@ -133,7 +128,7 @@ class CompiledSteps:
         if self._hasher is not None:
             if names is not None:
                 given = list(names)
-                numbers, num_names = self._numbered(given), len(given)
+                numbers, num_names = self._names.numbered(given, self._cached_names), len(given)
             elif tokens is not None:
                 root = self._hasher.root(salt)
         claim = self._do.claim
@@ -148,7 +143,7 @@ class CompiledSteps:
         assert row is not None
         self._rows[seq_id] = row
         if given is not None:
-            self._given[seq_id] = given
+            self._names.of[seq_id] = given
 
     def extend(self, seq_id: SeqId, ids: array[int]) -> None:
         """Add ids."""
@@ -230,8 +225,8 @@ class CompiledSteps:
         targets = self._out()
         sources = self._pages(address)[RowHead.from_address(address).closed :]
         self._rows[child] = row
-        if parent in self._given:
-            self._given[child] = self._given[parent]
+        if parent in self._names.of:
+            self._names.of[child] = self._names.of[parent]
         return tuple(
             [
                 PageCopy(group, source, target)
@@ -245,8 +240,7 @@ class CompiledSteps:
         self._do.release(self._core, self._row(seq_id), head_first or self._hasher is None)
         del self._rows[seq_id]
         self._last_batch = None
-        if self._given:
-            self._given.pop(seq_id, None)
+        self._names.of.pop(seq_id, None)
 
     def forecast(self, seq_id: SeqId, num_new_tokens: int, lookahead: int) -> Forecast:
         """What alloc would do."""
@@ -276,8 +270,8 @@ class CompiledSteps:
             return ()
         row, width = RowHead.from_address(address), self._width
         first, end = row.length // self._page_size, self._do.wanted(self._core, address, row.length + num_new_tokens)
-        if seq_id in self._given:
-            return tuple(self._given[seq_id][first:end])
+        if seq_id in self._names.of:
+            return tuple(self._names.of[seq_id][first:end])
         names = string_at(self._do.names(address), end * width) if end else b""
         return tuple([names[place : place + width] for place in range(first * width, end * width, width)])
 
@@ -288,7 +282,7 @@ class CompiledSteps:
 
     def find(self, page_names: Sequence[Hashable]) -> Held:
         """Pages of the longest run of names."""
-        numbers = list(takewhile(bool, map(self._known, page_names)))
+        numbers = list(takewhile(bool, map(self._names.known, page_names)))
         self._do.run(self._core, b"".join(numbers), len(numbers))
         return [list(self._out())]
 
@@ -400,37 +394,12 @@ class CompiledSteps:
     def _runs(self, seq_id: SeqId, first: int, pages: tuple[int, ...]) -> tuple[PageRun, ...]:
         return tuple([PageRun(seq_id, group, first, pages) for group in self._groups])
 
-    def _known(self, name: Hashable) -> bytes:
-        """The core's name for a name; empty if it has none."""
-        if isinstance(name, bytes) and len(name) == self._width:
-            return name
-        return self._numbers.get(name, b"")
-
-    def _numbered(self, names: Sequence[Hashable]) -> bytes:
-        """The core's names for names from outside, one after the other."""
-        if len(self._numbers) > self._clear_at:
-            self._forget_numbers()
-        numbers = []
-        for name in names:
-            number = self._known(name)
-            if not number:
-                self._last_number += 1
-                number = self._numbers[name] = self._last_number.to_bytes(8, "little") + self._mark
-            numbers.append(number)
-        return b"".join(numbers)
-
-    def _forget_numbers(self) -> None:
-        """Keep the numbers of names that a sequence has or that are cached. At most once in `num_pages` new names."""
+    def _cached_names(self) -> set[bytes]:
+        """The names of the pages that are cached."""
         self._do.state(self._core)
-        everything = string_at(self._do.page_names(self._core), self._num_pages * self._width)
-        cached = {
-            everything[page * self._width : (page + 1) * self._width]
-            for page, is_named in enumerate(self._out()[1::3])
-            if is_named
-        }
-        given = {name for names in self._given.values() for name in names}
-        self._numbers = {name: number for name, number in self._numbers.items() if number in cached or name in given}
-        self._clear_at = len(self._numbers) + self._num_pages + _FEW_NAMES
+        named, width = self._out()[1::3], self._width
+        names = string_at(self._do.page_names(self._core), self._num_pages * width)
+        return {names[page * width : (page + 1) * width] for page, is_named in enumerate(named) if is_named}
 
     def _shortage(self, asking: Sequence[SeqId]) -> CapacityError:
         """Count a refusal; what is said of it."""

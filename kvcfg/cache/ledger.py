@@ -11,7 +11,8 @@ tokens can be taken back any more. Only closed pages are shared, by a prefix hit
 Layer groups that grow with the sequence (full, mla) share page ids: one pool, one page table. Each windowed
 group (sliding_window, chunked) has a pool of its own. shared and linear groups have no pages.
 
-One ledger is one replica. Each method holds the ledger's lock; what it returns belongs to the caller.
+One ledger is one replica. Each method holds the ledger's lock; what it returns belongs to the caller. The work is
+done by an engine (`kvcfg.cache.engine`): the Python one does everything, the compiled one the plain case, faster.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvcfg.cache.ledger import LedgerMetrics
-from kvcfg.cache.packed import Packed, join_past
+from kvcfg.cache.packed import Packed, joined
 from kvcfg.cache.pages import Allocation, Commit, SeqId
 from kvcfg.cache.prefix import token_ids
 from kvcfg.cache.replica import CacheOptions, CacheReplica
@@ -290,25 +290,16 @@ class KVCacheManager:
         Raises:
             ShapeError: if heads, widths or tokens are not those of the step, or the layer keeps no pages.
         """
-        home, group, place, storage, layout = self._target(step, layer)
-        values = keys[..., :0] if values is None else values
-        if len(keys) != sum(step.num_tokens):
-            raise ShapeError(f"the step has {sum(step.num_tokens)} tokens, got {len(keys)}")
-        past = home.read(layout, group, place, keys.dtype)
-        encoded = storage.encode(keys, values)
-        home.store(layout, group, place, encoded)
-        fresh = storage.decode(encoded, keys.dtype)
-        return join_past(layout, step.num_tokens, self.params.page_size, past, fresh)
+        storage, place, layout = self._target(step, layer, keys)
+        return joined(storage.append(place, layout, keys, keys[..., :0] if values is None else values))
 
     def write(self, step: Step, layer: int, keys: Tensor, values: Tensor | None = None) -> None:
         """Store a step's tokens in one layer, for kernels that read pages themselves; arguments as for `append`.
 
         With windows, read the past of a layer before its new tokens are stored: they may take over its old pages.
         """
-        home, group, place, storage, layout = self._target(step, layer)
-        if len(keys) != sum(step.num_tokens):
-            raise ShapeError(f"the step has {sum(step.num_tokens)} tokens, got {len(keys)}")
-        home.store(layout, group, place, storage.encode(keys, keys[..., :0] if values is None else values))
+        storage, place, layout = self._target(step, layer, keys)
+        storage.write(place, layout, keys, keys[..., :0] if values is None else values)
 
     def view(self, seq_id: SeqId, layer: int, dtype: torch.dtype = torch.float32) -> KeysValues:
         """What the next query of a sequence sees of its committed tokens in one layer, as stored.
@@ -321,9 +312,9 @@ class KVCacheManager:
         with self._lock:
             home = self._home(seq_id)
             layout = home.lay_out_group(group, [seq_id], [home.ledger.length(seq_id)], [0])
-        past = home.read(layout, group, place, dtype)
-        nothing = KeysValues(past.keys[:0], past.values[:0])
-        seen = join_past(layout, [0], self.params.page_size, past, nothing)
+            storage = home.storages[group]
+        assert storage is not None
+        seen = joined(storage.past(place, layout, dtype))
         return KeysValues(seen.keys, seen.values)
 
     def state(self, seq_id: SeqId, layer: int) -> tuple[Tensor, ...]:
@@ -413,15 +404,16 @@ class KVCacheManager:
             raise ShapeError(f"layer {layer} is {self.params.params[group].kind} and keeps no keys and values")
         return group, place
 
-    def _target(self, step: Step, layer: int) -> tuple[CacheReplica, int, int, PagedStorage, GroupStep]:
-        """The replica of a step; of a layer its group, its place there, its bytes, and where the step meets them."""
+    def _target(self, step: Step, layer: int, keys: Tensor) -> tuple[PagedStorage, int, GroupStep]:
+        """Where a step meets a layer: the bytes of its group, its place there, and the layout of the step in it."""
         group, place = self._place(layer)
-        home = self._home(step.seq_ids[0])
-        storage, layout = home.storages[group], step.groups[group]
+        storage, layout = self._home(step.seq_ids[0]).storages[group], step.groups[group]
         if layout is None:
             raise ShapeError(f"layer {layer} has a window and takes no part in a step ahead of what is committed")
+        if len(keys) != sum(step.num_tokens):
+            raise ShapeError(f"the step has {sum(step.num_tokens)} tokens, got {len(keys)}")
         assert storage is not None
-        return home, group, place, storage, layout
+        return storage, place, layout
 
     def _lookahead(self, num_new_tokens: int, num_draft_tokens: int | None) -> int:
         drafts = self.params.num_draft_tokens if num_draft_tokens is None else num_draft_tokens

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcfg.cache.step import GroupStep
-from kvcfg.cache.storage import KeysValues
+from kvcfg.cache.storage import Part
 
 
 class Packed(NamedTuple):
@@ -26,17 +25,18 @@ class Packed(NamedTuple):
     lengths: tuple[int, ...]
 
 
-def join_past(
-    layout: GroupStep, num_tokens: Sequence[int], page_size: int, past: KeysValues, fresh: KeysValues
-) -> Packed:
-    """Per sequence the tokens it sees of its past, then its new ones."""
+def joined(parts: Sequence[Part]) -> Packed:
+    """Per sequence its tokens of every part, in the order of the parts."""
     keys, values, lengths = list[Tensor](), list[Tensor](), list[int]()
-    read = used = 0
-    for span, count in zip(layout.spans, num_tokens, strict=True):
-        seen = slice(read + span.offset, read + span.offset + span.length)
-        new = slice(used, used + count)
-        keys += [past.keys[seen], fresh.keys[new]]
-        values += [past.values[seen], fresh.values[new]]
-        lengths.append(span.length + count)
-        read, used = read + span.num_pages * page_size, used + count
+    used = [0] * len(parts)
+    for number in range(len(parts[0].spans)):
+        length = 0
+        for place, part in enumerate(parts):
+            span = part.spans[number]
+            seen = slice(used[place] + span.offset, used[place] + span.offset + span.length)
+            keys.append(part.states.keys[seen])
+            values.append(part.states.values[seen])
+            used[place] += span.num_rows
+            length += span.length
+        lengths.append(length)
     return Packed(torch.cat(keys), torch.cat(values), tuple(lengths))

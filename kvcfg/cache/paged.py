@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvcfg.cache.replica import CacheOptions, CacheReplica
-from kvcfg.cache.step import GroupStep, Step, first_seen
-from kvcfg.cache.storage import KeysValues, PagedStorage
+from kvcfg.cache.step import Step, first_seen
+from kvcfg.cache.storage import KeysValues, PagedStorage, Part
 from kvcfg.errors import CapacityError, ShapeError
 from kvcfg.params import MultiKVCacheParams
 
@@ -118,14 +118,12 @@ class PagedKVCache:
         self._begin(batch_size)
         layout = self._step_of(layer, num_tokens).groups[group]
         assert layout is not None
-        past = self._read_past(layout, group, index, keys.dtype)
-        encoded = storage.encode(_by_token(keys), _by_token(values))
-        self.replica.store(layout, group, index, encoded)
+        parts = storage.append(index, layout, _by_token(keys), _by_token(values))
         self._stored[layer] += num_tokens
         if all(self._stored[other] == self._stored[layer] for other in self._storing):
             self._commit()
-        fresh = _by_sequence(storage.decode(encoded, keys.dtype), batch_size)
-        return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(past, fresh, strict=True)))
+        seen = [_by_sequence(part, batch_size) for part in parts]
+        return KeysValues(torch.cat([item.keys for item in seen], 2), torch.cat([item.values for item in seen], 2))
 
     def truncate(self, length: int) -> None:
         """Take back the last tokens of every sequence, so that `length` are left.
@@ -204,19 +202,16 @@ class PagedKVCache:
         self.replica.commit(self._step.seq_ids, self._step.num_tokens[0], num_drafts=self._rollback)
         self._step = None
 
-    def _read_past(self, layout: GroupStep, group: int, index: int, dtype: torch.dtype) -> KeysValues:
-        span = layout.spans[0]
-        tokens = _by_sequence(self.replica.read(layout, group, index, dtype), self.batch_size)
-        seen = slice(span.offset, span.offset + span.length)
-        return KeysValues(tokens.keys[:, :, seen], tokens.values[:, :, seen])
-
 
 def _by_token(states: Tensor) -> Tensor:
     """`[batch_size, n_heads, num_tokens, dim]` to `[batch_size * num_tokens, n_heads, dim]`."""
     return states.transpose(1, 2).flatten(0, 1)
 
 
-def _by_sequence(tokens: KeysValues, batch_size: int) -> KeysValues:
-    """The opposite of `_by_token`, for keys and values."""
-    num_tokens = len(tokens.keys) // batch_size
-    return KeysValues(*(item.unflatten(0, (batch_size, num_tokens)).transpose(1, 2) for item in tokens))
+def _by_sequence(part: Part, batch_size: int) -> KeysValues:
+    """Packed tokens of equally long sequences to `[batch_size, n_heads, num_tokens, dim]`."""
+    span = part.spans[0]
+    seen = slice(span.offset, span.offset + span.length)
+    return KeysValues(
+        *(item.unflatten(0, (batch_size, span.num_rows))[:, seen].transpose(1, 2) for item in part.states)
+    )

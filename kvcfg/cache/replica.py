@@ -18,7 +18,7 @@ from kvcfg.cache.pages import Allocation, Commit, PageCopy, PageRun, PageTable, 
 from kvcfg.cache.prefix import PageHasher
 from kvcfg.cache.states import StateStorage
 from kvcfg.cache.step import GroupStep, Step, growing_step, windowed_step
-from kvcfg.cache.storage import EncodedTokens, KeysValues, PagedStorage
+from kvcfg.cache.storage import PagedStorage
 from kvcfg.errors import CapacityError
 from kvcfg.params import MultiKVCacheParams, table_columns
 from kvcfg.sizing import max_lengths
@@ -236,20 +236,6 @@ class CacheReplica:
             for seq_id, after in zip(seq_ids, afters, strict=True)
         ]
         return windowed_step(group, self._null_pages[place], befores, afters, starts, num_tokens)
-
-    def read(self, layout: GroupStep, group: int, layer: int, dtype: torch.dtype) -> KeysValues:
-        """All tokens of the pages that a step sees of its past; the layout's spans say which count."""
-        storage = self.storages[group]
-        assert storage is not None
-        return storage.read(layer, layout.past_pages, dtype)
-
-    def store(self, layout: GroupStep, group: int, layer: int, encoded: Sequence[EncodedTokens]) -> None:
-        """Store a step's tokens, as `storages[group].encode` returned them, in one layer of a group."""
-        storage = self.storages[group]
-        assert storage is not None
-        if layout.stored is not None:
-            encoded = [tokens.at(layout.stored) for tokens in encoded]
-        storage.store(layer, encoded, layout.slots)
 
     def copy(self, copies: Sequence[PageCopy], origin: CacheReplica | None = None) -> None:
         """Copy pages byte for byte, within this replica or from another one."""

@@ -20,11 +20,11 @@ from kvcfg.units import ceil_div
 
 
 class Span(NamedTuple):
-    """What a step sees of one sequence's past: `length` tokens from `offset` on, in the tokens of `num_pages` pages."""
+    """Tokens of one sequence among packed ones: `length` of them from `offset` on, in `num_rows` that are its own."""
 
     offset: int
     length: int
-    num_pages: int
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,16 @@ class GroupStep:
 
     Attributes:
         past_pages: `[n]` int64, the pages that are seen, sequence after sequence.
-        spans: per sequence, the part of them that is seen.
+        past: per sequence, which of their tokens are seen.
+        fresh: per sequence, its tokens of the step.
         slots: `[num_stored]` int64, where tokens of the step are stored.
         stored: `[num_stored]` int64, which of them; None = all. A windowed group keeps only those that a later
             query can see.
     """
 
     past_pages: Tensor
-    spans: tuple[Span, ...]
+    past: tuple[Span, ...]
+    fresh: tuple[Span, ...]
     slots: Tensor
     stored: Tensor | None
 
@@ -80,13 +82,13 @@ def growing_step(
 ) -> GroupStep:
     """Where a group that keeps everything reads and writes."""
     filled = [ceil_div(start, page_size) for start in starts]
-    spans = tuple(Span(0, start, count) for start, count in zip(starts, filled, strict=True))
+    spans = tuple(Span(0, start, pages * page_size) for start, pages in zip(starts, filled, strict=True))
     held, columns = torch.tensor(rows), torch.arange(max(filled))
     past = tables.pages(group, held.unsqueeze(1), columns)
     in_use = columns < torch.tensor(filled).unsqueeze(1)
     positions = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
     pages = tables.pages(group, held.repeat_interleave(torch.tensor(counts)), positions // page_size)
-    return GroupStep(past[in_use], spans, pages * page_size + positions % page_size, None)
+    return GroupStep(past[in_use], spans, whole_spans(counts), pages * page_size + positions % page_size, None)
 
 
 def windowed_step(
@@ -115,7 +117,7 @@ def windowed_step(
         first, end = seen // size, ceil_div(start, size)
         pages = before.pages[first - before.first : end - before.first]
         past += pages
-        spans.append(Span(seen - first * size, start - seen, len(pages)))
+        spans.append(Span(seen - first * size, start - seen, len(pages) * size))
         begin = max(start, after.first * size)
         held = torch.tensor(after.pages[begin // size - after.first :], dtype=torch.int64)
         places = _slots(held, begin, max(0, start + count - begin), size)
@@ -123,7 +125,13 @@ def windowed_step(
         slots.append(places[kept])
         stored.append(torch.arange(offset + begin - start, offset + count)[kept])
         offset += count
-    return GroupStep(torch.tensor(past, dtype=torch.int64), tuple(spans), torch.cat(slots), torch.cat(stored))
+    seen_pages = torch.tensor(past, dtype=torch.int64)
+    return GroupStep(seen_pages, tuple(spans), whole_spans(counts), torch.cat(slots), torch.cat(stored))
+
+
+def whole_spans(counts: Sequence[int]) -> tuple[Span, ...]:
+    """Spans of sequences that are packed without anything between."""
+    return tuple(Span(0, count, count) for count in counts)
 
 
 def _slots(pages: Tensor, start: int, count: int, page_size: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcfg.cache.step import GroupStep, Span
 from kvcfg.errors import ShapeError
 from kvcfg.formats.codec import Encoded, TokenCodec
 from kvcfg.params import KVCacheParams
@@ -26,6 +27,13 @@ class KeysValues(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+class Part(NamedTuple):
+    """Part of what queries see: packed tokens, and per sequence which of them."""
+
+    states: KeysValues
+    spans: tuple[Span, ...]
 
 
 class EncodedTokens(NamedTuple):
@@ -90,6 +98,30 @@ class PagedStorage:
         """
         for shard, tokens in zip(self.shards, encoded, strict=True):
             shard.store(layer, tokens, slots)
+
+    def append(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[Part]:
+        """Store a step's tokens; what its queries see, the past first, as stored, in the dtype of `keys`.
+
+        Args:
+            layer: index within the group, in `[0, num_layers)`.
+            step: where the group reads and writes.
+            keys: `[num_tokens, n_kv_heads, head_dim]`, one sequence after the other.
+            values: `[num_tokens, n_kv_heads, value_dim]`.
+        """
+        past = self.past(layer, step, keys.dtype)
+        encoded = self.write(layer, step, keys, values)
+        return [*past, Part(self.decode(encoded, keys.dtype), step.fresh)]
+
+    def write(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
+        """Store a step's tokens; returns all of them as they are stored."""
+        encoded = self.encode(keys, values)
+        kept = encoded if step.stored is None else [tokens.at(step.stored) for tokens in encoded]
+        self.store(layer, kept, step.slots)
+        return encoded
+
+    def past(self, layer: int, step: GroupStep, dtype: torch.dtype) -> list[Part]:
+        """What a step's queries see of the tokens before it."""
+        return [Part(self.read(layer, step.past_pages, dtype), step.past)]
 
     def decode(self, encoded: Sequence[EncodedTokens], dtype: torch.dtype) -> KeysValues:
         """Encoded tokens as a reader sees them, all heads, in `dtype`, on the first shard's device."""

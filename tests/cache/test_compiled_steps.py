@@ -163,6 +163,6 @@ def test_names_from_outside_are_forgotten_with_their_pages() -> None:
         ledger.commit(number, 12)
         ledger.release(number)
     assert isinstance(ledger._engine, CompiledSteps)
-    assert len(ledger._engine._numbers) < 2000
+    assert len(ledger._engine._names) < 2000
     ledger.claim("last", names=[8997, 8998, 8999])
     assert ledger.alloc("last", 12).cached_tokens == 12

@@ -149,7 +149,7 @@ def machine(
                 self.run_step(batch)
             for name, count in batch:
                 row = self.rows[name]
-                accepted = count - (data.draw(st.integers(0, num_drafts)) if drafted[name] else 0)
+                accepted = count - (data.draw(st.integers(0, min(num_drafts, count - 1))) if drafted[name] else 0)
                 self.manager.commit(name, accepted)
                 row.length += accepted
                 row.firm = max(row.firm, row.length - max(0, num_drafts - (count - accepted)))
