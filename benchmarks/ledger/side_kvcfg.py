@@ -9,6 +9,7 @@ from workload import NUM_RUNNING, PROMPT_TOKENS, Make, answer
 
 from kvcfg.cache.ledger import PageLedger
 from kvcfg.cache.prefix import PageHasher
+from kvcfg.version import __version__
 
 Request = tuple[int, Any]
 
@@ -47,4 +48,4 @@ class ListLedger(Ledger):
 
 if __name__ == "__main__":
     makers: dict[str, Make] = {"PageLedger": Ledger, "PageLedger, lists": ListLedger}
-    answer(makers, {"numpy": np.__version__})
+    answer(makers, {"kvcfg": __version__, "numpy": np.__version__})

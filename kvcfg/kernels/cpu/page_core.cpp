@@ -17,6 +17,7 @@ constexpr int32_t kNone = -1;
 constexpr int kShortest = -64, kLongest = 63;  // lifetimes are counted from 2^-64 to 2^63 seconds
 
 using Chain = void (*)(const uint8_t* parent, const uint8_t* ids, size_t page_bytes, size_t pages, uint8_t* names, int);
+using Narrow = int (*)(const int64_t* wide, size_t count, int32_t* narrow);
 
 struct RowHead {
     int64_t length = 0, final = 0, closed = 0, counted = 0;
@@ -44,23 +45,28 @@ struct Plan {
     bool fits;
 };
 
+struct Page {
+    int32_t references, is_named, before, after;
+    double named_at;
+};
+
 struct Core : CoreHead {
     const int64_t num_pages, page_size;
     const size_t width;
     const Chain chain;
-    std::vector<int32_t> references, before, after;  // free pages are a ring through `num_pages`
-    int32_t unused = 0;                              // pages from here on were never handed out
-    std::vector<uint8_t> names, is_named;            // per page
-    std::vector<double> named_at;
+    const Narrow narrow;
+    std::vector<Page> page_of;   // and one more, through which the free pages are a ring
+    std::vector<uint8_t> names;  // per page
+    int32_t unused = 0;          // pages from here on were never handed out
     std::vector<int32_t> table;  // open addressing, at most half full
     int shift = 64;
     std::vector<int32_t> reply;
 
-    Core(int64_t pages, int64_t size, size_t name_bytes, Chain names_of)
-        : num_pages(pages), page_size(size), width(name_bytes), chain(names_of), references(pages), before(pages + 1),
-          after(pages + 1), names(pages * name_bytes), is_named(pages), named_at(pages) {
+    Core(int64_t pages, int64_t size, size_t name_bytes, Chain names_of, Narrow to_int32)
+        : num_pages(pages), page_size(size), width(name_bytes), chain(names_of), narrow(to_int32), page_of(pages + 1),
+          names(pages * name_bytes) {
         num_free = pages;
-        before[pages] = after[pages] = static_cast<int32_t>(pages);
+        page_of[pages].before = page_of[pages].after = static_cast<int32_t>(pages);
         size_t places = 2;
         for (shift = 63; places < 2 * static_cast<size_t>(pages); places *= 2) --shift;
         table.assign(places, kNone);
@@ -78,7 +84,8 @@ struct Core : CoreHead {
 
     size_t place_of(const uint8_t* name) const {
         size_t place = home(name);
-        while (table[place] != kNone && std::memcmp(name_of(table[place]), name, width)) place = (place + 1) & (table.size() - 1);
+        while (table[place] != kNone && std::memcmp(name_of(table[place]), name, width))
+            place = (place + 1) & (table.size() - 1);
         return place;
     }
 
@@ -89,8 +96,8 @@ struct Core : CoreHead {
         int32_t& entry = table[place_of(name)];
         if (entry != kNone) return entry;
         std::memcpy(names.data() + page * width, name, width);
-        is_named[page] = 1;
-        named_at[page] = now;
+        page_of[page].is_named = 1;
+        page_of[page].named_at = now;
         ++num_cached;
         return entry = page;
     }
@@ -106,32 +113,32 @@ struct Core : CoreHead {
             }
         }
         table[hole] = kNone;
-        is_named[page] = 0;
+        page_of[page].is_named = 0;
         --num_cached;
     }
 
     // Pages
 
     void unlink(int32_t page) {
-        after[before[page]] = after[page];
-        before[after[page]] = before[page];
+        page_of[page_of[page].before].after = page_of[page].after;
+        page_of[page_of[page].after].before = page_of[page].before;
     }
 
     void hold(int32_t page) {
-        if (references[page]++) return;
+        if (page_of[page].references++) return;
         unlink(page);
         --num_free;
-        evictable -= is_named[page];
+        evictable -= page_of[page].is_named;
     }
 
     void drop(int32_t page) {
-        if (--references[page]) return;
-        const int32_t end = static_cast<int32_t>(num_pages), last = before[end];
-        after[last] = before[end] = page;
-        before[page] = last;
-        after[page] = end;
+        if (--page_of[page].references) return;
+        const int32_t end = static_cast<int32_t>(num_pages), last = page_of[end].before;
+        page_of[last].after = page_of[end].before = page;
+        page_of[page].before = last;
+        page_of[page].after = end;
         ++num_free;
-        evictable += is_named[page];
+        evictable += page_of[page].is_named;
     }
 
     int32_t take(double now) {
@@ -140,15 +147,15 @@ struct Core : CoreHead {
         if (unused < num_pages) {
             ++unused;
         } else {
-            unlink(page = after[num_pages]);
-            if (is_named[page]) evict(page, now);
+            unlink(page = page_of[num_pages].after);
+            if (page_of[page].is_named) evict(page, now);
         }
-        references[page] = 1;
+        page_of[page].references = 1;
         return page;
     }
 
     void evict(int32_t page, double now) {
-        const double age = now - named_at[page];
+        const double age = now - page_of[page].named_at;
         int exponent = kShortest - 1;
         if (age > 0) {
             exponent -= std::frexp(age, &exponent) == 0.5;
@@ -167,7 +174,7 @@ struct Core : CoreHead {
     // As many names as can be known, `count` at most.
     int64_t named(Row& row, int64_t count) const {
         if (row.num_names < count && !row.root.empty()) {
-            const int64_t have = row.num_names, end = count < row.num_ids / page_size ? count : row.num_ids / page_size;
+            const int64_t have = row.num_names, full = row.num_ids / page_size, end = count < full ? count : full;
             if (end > have) {
                 row.names.resize(end * width);
                 uint8_t* to = row.names.data() + have * width;
@@ -203,7 +210,7 @@ struct Core : CoreHead {
         const int64_t held = plan.kept + static_cast<int64_t>(plan.hits.size());
         const int64_t fresh = pages_for(target + lookahead) - held;
         plan.fresh = fresh > 0 ? fresh : 0;
-        for (const int32_t page : plan.hits) plan.revived += !references[page];
+        for (const int32_t page : plan.hits) plan.revived += !page_of[page].references;
         needed = plan.fresh;
         free = num_free - plan.revived + row.num_pages - plan.kept;  // open pages have no other holder
         evictable_left = evictable - plan.revived;
@@ -259,21 +266,13 @@ struct Core : CoreHead {
     }
 };
 
-bool narrow(const int64_t* wide, int64_t count, int32_t* ids) {
-    uint64_t lost = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        ids[i] = static_cast<int32_t>(wide[i]);
-        lost |= static_cast<uint64_t>(wide[i]) ^ static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
-    }
-    return !lost;
-}
-
 }  // namespace
 
 extern "C" {
 
-Core* kvcfg_core_new(int64_t num_pages, int64_t page_size, size_t name_bytes, Chain chain) {
-    return new Core(num_pages, page_size, name_bytes, chain);
+// `chain` and `narrow` are those of hash_chain.cpp.
+Core* kvcfg_core_new(int64_t num_pages, int64_t page_size, size_t name_bytes, Chain chain, Narrow narrow) {
+    return new Core(num_pages, page_size, name_bytes, chain, narrow);
 }
 
 void kvcfg_core_delete(Core* core) { delete core; }
@@ -288,7 +287,7 @@ Row* kvcfg_core_claim(Core* core, const void* ids, int64_t count, int wide, cons
     if (count > 0) {
         row->ids.resize(count);
         if (!wide) std::memcpy(row->ids.data(), ids, count * sizeof(int32_t));
-        else if (!narrow(static_cast<const int64_t*>(ids), count, row->ids.data())) {
+        else if (!core->narrow(static_cast<const int64_t*>(ids), count, row->ids.data())) {
             delete row;
             return nullptr;
         }
@@ -387,7 +386,8 @@ int kvcfg_core_alloc_batch(Core* core, Row** rows, int64_t count, int64_t num_ne
 int64_t kvcfg_core_commit(Core* core, Row** rows, int64_t count, int64_t num_tokens, int64_t num_drafts, double now) {
     for (int64_t i = 0; i < count; ++i) {
         const int64_t length = rows[i]->length + num_tokens;
-        if (length > rows[i]->num_pages * core->page_size || (rows[i]->num_ids != kNone && length > rows[i]->num_ids)) return i;
+        const bool has_ids = rows[i]->num_ids == kNone || length <= rows[i]->num_ids;
+        if (length > rows[i]->num_pages * core->page_size || !has_ids) return i;
     }
     core->reply.clear();
     for (int64_t i = 0; i < count; ++i) {
@@ -470,7 +470,7 @@ void kvcfg_core_drop(Core* core, const int32_t* pages, int64_t count) {
 int64_t kvcfg_core_forget_unused(Core* core) {
     const int64_t unused = core->evictable;
     for (int32_t page = 0; page < core->unused; ++page)
-        if (core->is_named[page] && !core->references[page]) core->forget(page);
+        if (core->page_of[page].is_named && !core->page_of[page].references) core->forget(page);
     core->evictable = 0;
     return unused;
 }
@@ -478,8 +478,10 @@ int64_t kvcfg_core_forget_unused(Core* core) {
 // For a recount. Per page: references, whether it has a name, and the page that is found by that name.
 void kvcfg_core_state(Core* core) {
     core->reply.clear();
-    for (int32_t page = 0; page < core->num_pages; ++page)
-        core->say({core->references[page], core->is_named[page], core->is_named[page] ? core->find(core->name_of(page)) : kNone});
+    for (int32_t page = 0; page < core->num_pages; ++page) {
+        const Page& state = core->page_of[page];
+        core->say({state.references, state.is_named, state.is_named ? core->find(core->name_of(page)) : kNone});
+    }
     core->done();
 }
 
@@ -487,7 +489,8 @@ void kvcfg_core_state(Core* core) {
 void kvcfg_core_free_pages(Core* core) {
     core->reply.clear();
     for (int32_t page = core->unused; page < core->num_pages; ++page) core->reply.push_back(page);
-    for (int32_t page = core->after[core->num_pages]; page != core->num_pages; page = core->after[page]) core->reply.push_back(page);
+    for (int32_t page = core->page_of[core->num_pages].after; page != core->num_pages; page = core->page_of[page].after)
+        core->reply.push_back(page);
     core->done();
 }
 

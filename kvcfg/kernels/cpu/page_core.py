@@ -72,7 +72,7 @@ class CoreFunctions(NamedTuple):
 
 _CORE = _ROW = _IDS = c_void_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "new": (c_void_p, _I64, _I64, c_size_t, c_void_p),
+    "new": (c_void_p, _I64, _I64, c_size_t, c_void_p, c_void_p),
     "delete": (None, _CORE),
     "delete_row": (None, _ROW),
     "claim": (_ROW, _CORE, c_void_p, _I64, c_int, c_char_p, c_char_p, _I64),
@@ -112,7 +112,10 @@ def core_functions() -> CoreFunctions | None:
     return CoreFunctions(*functions)
 
 
-def chain_address(algorithm: str) -> int | None:
-    """Where the compiled hash chain of an algorithm is; None if there is none here."""
+def hashing_addresses(algorithm: str) -> tuple[int, int] | tuple[()]:
+    """Where the compiled hash chain of an algorithm is, and what makes int32 of int64; empty if it is not compiled."""
     library = load_kernel("hash_chain") if algorithm in NAME_BYTES else None
-    return None if library is None else ctypes.cast(getattr(library, f"kvcfg_{algorithm}_chain"), c_void_p).value
+    if library is None:
+        return ()
+    chain, narrow = getattr(library, f"kvcfg_{algorithm}_chain"), library.kvcfg_narrow
+    return ctypes.cast(chain, c_void_p).value or 0, ctypes.cast(narrow, c_void_p).value or 0
