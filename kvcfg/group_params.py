@@ -209,7 +209,7 @@ class KVCacheParams:
         Raises:
             ConfigError: if there are no scales to speak of.
         """
-        scales = self.storage.scales_per_token(self.storage.key_format, self.head_dim)
+        scales = self.storage.keys.scales_per_token(self.head_dim)
         if not scales and self.kvcache_quant_config is not None:
             scales = ceil_div(self.head_dim, self.kvcache_quant_config.quantization_granularity)
         if not scales:
@@ -239,6 +239,38 @@ class KVCacheParams:
     def bytes_per_block(self) -> int:
         """Bytes of one page over all layers and all shards of a replica."""
         return self.bytes_per_layer_page * self.num_layers * self.tensor_parallel_degree
+
+    @property
+    def closes_pages(self) -> bool:
+        """Whether pages get their recipe only once they are full, and are kept in another one until then."""
+        return self.grows and self.storage.closes
+
+    @property
+    def open_pages(self) -> KVCacheParams:
+        """The same group as pages are stored until they close.
+
+        Raises:
+            ConfigError: if they are stored like any other.
+        """
+        recipe = self.storage.open_page
+        if recipe is None:
+            rule = "must be one whose pages close to speak of open ones"
+            raise ConfigError(Problem("recipe", rule, str(self.storage)))
+        scales = KVCacheQuantizationConfig(recipe.scale_dtype, self.head_dim) if recipe.is_scaled else None
+        return replace(self, dtype=recipe.key_format.dtype, recipe=recipe, kvcache_quant_config=scales)
+
+    @property
+    def open_pages_per_sequence(self) -> int:
+        """Pages that a sequence keeps open: the one being filled, and those that drafts may still take back."""
+        if not self.closes_pages:
+            return 0
+        tokens = self.page_size - 1 + self.num_draft_tokens + self.spec_decode_cache_slack
+        return max(1, ceil_div(tokens, self.page_size))
+
+    @property
+    def open_bytes_per_sequence(self) -> int:
+        """Bytes of a sequence's open pages over all layers and shards."""
+        return self.open_pages_per_sequence * self.open_pages.bytes_per_block if self.closes_pages else 0
 
     @property
     def bytes_per_token(self) -> float:
@@ -296,7 +328,8 @@ def per_token(bytes_per_block: int, page_size: int) -> float:
 
 def _derived_recipe(dtype: DType, config: KVCacheQuantizationConfig | None) -> Recipe:
     """The recipe that the reference's pair of dtype and quantization config stands for."""
-    element = FORMATS.get(dtype.name) or Format(dtype.name, dtype, math.inf, takes_scales(dtype), "")
+    bits, scaled = dtype.size_in_bits, takes_scales(dtype)
+    element = FORMATS.get(dtype.name) or Format(dtype.name, dtype, bits, math.inf, scaled, "")
     if config is None or not takes_scales(dtype):
         return Recipe(element, element, "none", "unit", DType.float32)
     if config.scale_source == "unit":

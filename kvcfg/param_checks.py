@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from kvcfg.dtypes import DeviceRef, DType
 from kvcfg.errors import Problem, one_of
-from kvcfg.formats import SCALE_DTYPES, ScaleSource
+from kvcfg.formats import SCALE_DTYPES, Recipe, ScaleSource
 
 if TYPE_CHECKING:
     from kvcfg.group_params import KVCacheParams, KVCacheQuantizationConfig
@@ -140,11 +140,22 @@ def _storage_problems(params: KVCacheParams) -> list[Problem]:
         if config is not None and takes_scales(dtype) and config.scale_dtype.name not in SCALE_DTYPES:
             name = config.scale_dtype.name
             return [Problem("kvcache_quant_config.scale_dtype", one_of(SCALE_DTYPES), name)]
-    block = params.storage.block_size if params.storage.is_scaled else None
+    recipe = params.storage
+    block = recipe.block_size if recipe.granularity == "block" and recipe.is_scaled else None
     if block is not None and any(dim % block for dim in (params.head_dim, params.value_dim)):
         rule = f"must divide head_dim {params.head_dim}"
         if params.value_dim not in (0, params.head_dim):
             rule += f" and value_head_dim {params.value_dim}"
         fix = f"quantization_granularity={math.gcd(params.head_dim, params.value_dim)}"
         return [Problem("quantization_granularity", rule, block, fix)]
-    return []
+    return [] if params.recipe is None else _recipe_problems(params, params.recipe)
+
+
+def _recipe_problems(params: KVCacheParams, recipe: Recipe) -> list[Problem]:
+    """What a recipe asks for that these heads and pages cannot have."""
+    sides = ((recipe.keys, params.head_dim), (recipe.values, params.value_dim))
+    found = [item for side, dim in sides for item in side.problems(dim, params.page_size)]
+    if params.is_mla and recipe.transform != "none":
+        rule = "must be none for a latent, whose RoPE part must not be mixed with the rest"
+        found.append(Problem("transform", rule, recipe.transform, "transform=none"))
+    return [item.under("recipe") for item in dict.fromkeys(found)]

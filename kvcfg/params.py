@@ -31,7 +31,8 @@ class Memory:
     Attributes:
         pages: the pages of growing groups of the model.
         draft_pages: the same pages of the drafter's groups.
-        null_pages: one page a group that pads page tables and is never read.
+        null_pages: one page a group that pads page tables and is never read, and one for its open pages.
+        open_pages: pages that are being filled, where they are stored in another format until they close.
         windowed: the pages of windowed groups, enough for every sequence.
         states: the states of linear layers.
         page_tables: which pages a sequence has, and its length; twice, so that the next batch can be prepared
@@ -41,6 +42,7 @@ class Memory:
     pages: int
     draft_pages: int
     null_pages: int
+    open_pages: int
     windowed: int
     states: int
     page_tables: int
@@ -48,7 +50,7 @@ class Memory:
     @property
     def total(self) -> int:
         """All bytes together."""
-        pages = self.pages + self.draft_pages + self.null_pages + self.windowed
+        pages = self.pages + self.draft_pages + self.null_pages + self.open_pages + self.windowed
         return pages + self.states + self.page_tables
 
 
@@ -201,7 +203,9 @@ class MultiKVCacheParams:
         return Memory(
             pages=num_pages * (self.bytes_per_block - draft_block),
             draft_pages=num_pages * draft_block,
-            null_pages=sum(item.bytes_per_block for item in paged),
+            null_pages=sum(item.bytes_per_block for item in paged)
+            + sum(item.open_pages.bytes_per_block for item in paged if item.closes_pages),
+            open_pages=max_batch_size * sum(item.open_bytes_per_sequence for item in paged),
             windowed=max_batch_size * sum(item.bytes_per_sequence(max_seq_len) for item in windowed),
             states=max_batch_size * sum(item.state_bytes * item.num_layers for item in self.params),
             page_tables=NUM_TABLE_BUFFERS

@@ -171,7 +171,8 @@ def _allocable_blocks(
     if not params.grows:
         raise ConfigError(Problem("params", "must hold layers that grow with context to be counted in pages"))
     set_aside = (max_batch_size or 1) * sum(
-        item.bytes_per_sequence(max_seq_len or _ANY_LENGTH) for item in _members(params) if not item.grows
+        item.open_bytes_per_sequence if item.grows else item.bytes_per_sequence(max_seq_len or _ANY_LENGTH)
+        for item in _members(params)
     )
     per_replica = available_cache_memory // params.data_parallel_degree
     blocks = max(0, per_replica - set_aside) // params.bytes_per_block

@@ -25,6 +25,7 @@ from kvcfg.cache.compiled_steps import compiled_steps
 from kvcfg.cache.engine import Held, LedgerEngine
 from kvcfg.cache.metrics import LedgerCounters, LedgerMetrics
 from kvcfg.cache.pages import (
+    GROWING,
     PAGELESS,
     Allocation,
     Commit,
@@ -124,6 +125,7 @@ class PageLedger:
             )
             engine = LedgerSteps(tracks, names_pages, num_draft_tokens, bytes_for_pages, clock)
         self._engine = engine
+        self._grows = any(group.kind in GROWING for group in self.groups)
         self._pins: dict[Hashable, Held] = {}
         self._lock = Lock()
 
@@ -342,6 +344,12 @@ class PageLedger:
         """Slots that a sequence has beyond its length."""
         with self._lock:
             return self._engine.room(seq_id)
+
+    def num_closed(self, seq_id: SeqId) -> int:
+        """Pages of a sequence, from its start, that are closed; 0 where nothing grows."""
+        with self._lock:
+            closed = self._engine.closed_pages(seq_id)
+            return len(closed[0]) if self._grows else 0
 
     def num_cached(self, page_names: Sequence[Hashable]) -> int:
         """How many of these names, from the first on, every growing group has a page for."""

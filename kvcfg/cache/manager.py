@@ -19,6 +19,7 @@ from threading import RLock
 import torch
 from torch import Tensor
 
+from kvcfg.cache.closing_step import ClosingStep
 from kvcfg.cache.ledger import LedgerMetrics
 from kvcfg.cache.packed import Packed, joined
 from kvcfg.cache.pages import Allocation, Commit, SeqId
@@ -274,6 +275,14 @@ class KVCacheManager:
                     raise ValueError(f"sequence {seq_id!r} has room for {room} more tokens, not {count}: alloc first")
             return home.lay_out(seq_ids, counts, ahead=ahead, max_cache_length=max_cache_length)
 
+    def step_limit(self, seq_id: SeqId) -> int | None:
+        """The most tokens of a sequence that can read the same bytes, so go in one step; None = any number.
+
+        Formats whose pages close read the page of a query open and earlier ones closed, so a step ends with a page.
+        """
+        with self._lock:
+            return self._home(seq_id).step_limit(seq_id)
+
     def append(self, step: Step, layer: int, keys: Tensor, values: Tensor | None = None) -> Packed:
         """Store a step's tokens in one layer and return all that its queries may see, themselves included.
 
@@ -288,9 +297,15 @@ class KVCacheManager:
             Per sequence its past, then its new tokens, as they are stored, in the dtype of `keys`.
 
         Raises:
-            ShapeError: if heads, widths or tokens are not those of the step, or the layer keeps no pages.
+            ShapeError: if heads, widths or tokens are not those of the step, the layer keeps no pages, or the step
+                goes on over the end of a page that closes (`step_limit`).
         """
         storage, place, layout = self._target(step, layer, keys)
+        if isinstance(layout, ClosingStep) and any(len(parts) > 1 for parts in layout.segments):
+            raise ShapeError(
+                f"layer {layer} closes pages, and queries after the end of one read it closed: give each sequence at "
+                "most step_limit(seq_id) tokens a step"
+            )
         return joined(storage.append(place, layout, keys, keys[..., :0] if values is None else values))
 
     def write(self, step: Step, layer: int, keys: Tensor, values: Tensor | None = None) -> None:
@@ -442,5 +457,5 @@ class KVCacheManager:
         if loan is None:
             return 0
         home.copy(loan.copies, origin=owners[id(loan.lender)])
-        home.enter(settle(home.ledger, loan))
+        home.begin_copied(seq_id, settle(home.ledger, loan))
         return loan.num_tokens

@@ -11,6 +11,7 @@ from pathlib import Path
 from kvcfg.cache.prefix import fingerprint
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.model import ModelConfig
+from kvcfg.config.resolution import balances_rope
 from kvcfg.group_params import KVCacheParams
 
 LAYOUT = "layers, key elements, value elements, key scales, value scales"
@@ -20,8 +21,8 @@ LAYOUT = "layers, key elements, value elements, key scales, value scales"
 def namespace(experiment: ExperimentConfig, *, adapter: str | None = None, calibration: str | None = None) -> bytes:
     """The namespace of an experiment's pages, 32 bytes.
 
-    It covers model and adapter, RoPE scaling (a local model's config.json), formats and recipe of every group, the
-    dtype that keys and values are computed in, and the layout of a page on its shards.
+    It covers model and adapter, RoPE scaling (a local model's config.json), RoPE-pair balancing, formats and recipe of
+    every group, the dtype that keys and values are computed in, and the layout of a page on its shards.
 
     Args:
         experiment: what is cached and how.
@@ -32,6 +33,7 @@ def namespace(experiment: ExperimentConfig, *, adapter: str | None = None, calib
     return fingerprint(
         {
             "model": model_identity(experiment.model),
+            "balanced": balances_rope(experiment),
             "adapter": adapter,
             "source_dtype": experiment.model.dtype,
             "calibration": calibration,

@@ -61,8 +61,10 @@ class PagedKVCache:
             options=CacheOptions(enable_prefix_caching=False),
         )
         self.batch_size = 0
-        # Formats that store every token at once may take any of them back; a window cannot return to what it left.
-        self._rollback = max_seq_len if all(group.grows for group in params.params) else params.num_draft_tokens
+        # Formats that store every token at once may take any of them back; a window cannot return to what it left,
+        # and a closed page is not opened again.
+        keeps_all = all(group.grows and not group.closes_pages for group in params.params)
+        self._rollback = max_seq_len if keeps_all else params.num_draft_tokens
         self._storing = [layer for layer, place in enumerate(self.layers) if place is not None]
         self._stored = [0] * len(self.layers)
         self._step: Step | None = None
@@ -76,7 +78,7 @@ class PagedKVCache:
     def bytes_per_token(self) -> float:
         """Bytes of one more token of context, measured on the arenas of the groups that grow."""
         growing = [storage for storage in self.replica.storages if storage is not None and storage.params.grows]
-        return sum(storage.nbytes / (storage.num_pages + 1) for storage in growing) / self.params.page_size
+        return sum(storage.page_nbytes for storage in growing) / self.params.page_size
 
     @property
     def bytes_in_use(self) -> int:
@@ -86,6 +88,7 @@ class PagedKVCache:
             if storage is not None:
                 tables = [self.replica.ledger.page_table(row, group) for row in range(self.batch_size)]
                 held += sum(len(table.pages) for table in tables) * storage.params.bytes_per_block
+                held += self.batch_size * storage.params.open_bytes_per_sequence
         return held
 
     def length(self, layer: int) -> int:
@@ -111,7 +114,8 @@ class PagedKVCache:
 
         Raises:
             CapacityError: if pages, rows or the length do not suffice; nothing was stored.
-            ShapeError: if batch, tokens, heads or widths differ from what the cache was built or begun with.
+            ShapeError: if batch, tokens, heads or widths differ from what the cache was built or begun with, or the
+                tokens go on over the end of a page that closes.
         """
         storage, group, index = self._place(layer)
         batch_size, _, num_tokens, _ = keys.shape
@@ -192,6 +196,14 @@ class PagedKVCache:
             )
         rows = range(self.batch_size)
         num_tokens = length - self.replica.ledger.length(0)
+        limit = self.replica.step_limit(0)
+        if limit is not None and num_tokens > limit:
+            size = self.params.page_size
+            raise ShapeError(
+                f"pages of this format close when they are full, and later queries read them closed: the model can "
+                f"be given {limit} tokens now, not {num_tokens}. Try: generate(…, prefill_chunk_size={size}), or feed "
+                f"{size} tokens at a time"
+            )
         self.replica.alloc_batch(rows, num_tokens)
         self._step = self.replica.lay_out(rows, [num_tokens] * self.batch_size)
         return self._step

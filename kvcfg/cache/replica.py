@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcfg.cache.closing import ClosingStorage
+from kvcfg.cache.closing_step import closing_step
 from kvcfg.cache.ledger import PageGroup, PageLedger
 from kvcfg.cache.page_tables import PageTables
 from kvcfg.cache.pages import Allocation, Commit, PageCopy, PageRun, PageTable, SeqId
@@ -19,8 +21,8 @@ from kvcfg.cache.prefix import PageHasher
 from kvcfg.cache.states import StateStorage
 from kvcfg.cache.step import GroupStep, Step, growing_step, windowed_step
 from kvcfg.cache.storage import PagedStorage
-from kvcfg.errors import CapacityError
-from kvcfg.params import MultiKVCacheParams, table_columns
+from kvcfg.errors import BackendUnavailable, CapacityError
+from kvcfg.params import KVCacheParams, MultiKVCacheParams, table_columns
 from kvcfg.sizing import max_lengths
 from kvcfg.units import ceil_div
 
@@ -68,6 +70,11 @@ class CacheReplica:
         devices: Sequence[torch.device],
         options: CacheOptions,
     ) -> None:
+        if params.num_draft_tokens and any(group.closes_pages for group in params.params):
+            raise BackendUnavailable(
+                "formats whose pages close cannot take drafts back yet. Try: speculative=none or "
+                "cache.kv_cache_format=int8"
+            )
         self.params, self.devices = params, tuple(devices)
         self.num_pages, self.max_batch_size, self.max_seq_len = num_pages, max_batch_size, max_seq_len
         pages = [
@@ -91,9 +98,10 @@ class CacheReplica:
             bytes_for_pages=self._bytes_per_device,
         )
         self.storages = [
-            PagedStorage(group, count, devices) if group.stores_pages else None
+            self._storage(group, count) if group.stores_pages else None
             for group, count in zip(params.params, pages, strict=True)
         ]
+        self._closing = [storage for storage in self.storages if isinstance(storage, ClosingStorage)]
         self.states = [
             StateStorage(group, max_batch_size, devices) if group.kind == "linear" else None for group in params.params
         ]
@@ -127,6 +135,8 @@ class CacheReplica:
         done = self.ledger.alloc(seq_id, num_new_tokens, lookahead=lookahead)
         self.tables.apply(self._rows[seq_id], done.new_pages)
         self.copy(done.copies)
+        if done.cached_tokens:
+            self._begin_closing(seq_id)
         if self._windowed:
             found = done.cached_tokens > 0
             self._befores[seq_id] = self._windows(seq_id) if found else self._befores.get(seq_id, befores)
@@ -144,6 +154,8 @@ class CacheReplica:
         """Count as many tokens of every sequence as stored; see `PageLedger.commit`."""
         done = self.ledger.commit_batch(seq_ids, num_tokens, num_drafts=num_drafts)
         self.enter(done)
+        if self._closing and done.closed:
+            self._close(done)
         for seq_id in seq_ids if self._befores else ():
             self._befores.pop(seq_id, None)
         return done
@@ -153,6 +165,11 @@ class CacheReplica:
         for run in done.moved:
             self.tables.apply(self._rows[run.seq_id], [run])
 
+    def begin_copied(self, seq_id: SeqId, done: Commit) -> None:
+        """Enter pages that were copied from another replica, closed as they were there."""
+        self.enter(done)
+        self._begin_closing(seq_id)
+
     def fork(self, parent: SeqId, child: SeqId) -> None:
         """Begin a sequence as a copy of another; see `PageLedger.fork`."""
         self._check_row()
@@ -161,6 +178,8 @@ class CacheReplica:
         for state in self.states:
             if state is not None:
                 state.copy(self._rows[parent], row)
+        for storage in self._closing:
+            storage.fork(self._rows[parent], row)
         for group in range(len(self.params.params)):
             self._enter_table(child, group)
 
@@ -182,6 +201,14 @@ class CacheReplica:
         self.tables.clear(row)
         self._free_rows.append(row)
         self._befores.pop(seq_id, None)
+
+    def step_limit(self, seq_id: SeqId) -> int | None:
+        """The most tokens of a sequence whose queries read the same bytes; None = any number. See `closing_step`."""
+        if not self._closing:
+            return None
+        size, horizon, length = self.params.page_size, self.params.num_draft_tokens, self.ledger.length(seq_id)
+        pages = max(self.ledger.num_closed(seq_id), (length - horizon) // size)
+        return (pages + 1) * size + horizon - length
 
     def lay_out(
         self,
@@ -208,13 +235,15 @@ class CacheReplica:
             raise ValueError(f"sequence {left_out[0]!r} was allocated too: with windows, all of them share a step")
         columns = self._columns(max(ends), max_cache_length)
         groups = list[GroupStep | None]()
-        growing: GroupStep | None = None
+        growing: dict[bool, GroupStep] = {}
         for place, group in enumerate(self.params.params):
-            if group.grows and growing is not None:
-                groups.append(growing)
+            if group.grows and group.closes_pages in growing:
+                groups.append(growing[group.closes_pages])
             elif group.stores_pages and (group.grows or not ahead):
-                groups.append(self.lay_out_group(place, seq_ids, starts, num_tokens))
-                growing = groups[-1] if group.grows else growing
+                layout = self.lay_out_group(place, seq_ids, starts, num_tokens)
+                groups.append(layout)
+                if group.grows:
+                    growing[group.closes_pages] = layout
             else:
                 groups.append(None)
         rows = [self._rows[seq_id] for seq_id in seq_ids]
@@ -227,6 +256,8 @@ class CacheReplica:
     ) -> GroupStep:
         """Where one group reads and writes in a step; sequences have `starts` tokens stored."""
         group = self.params.params[place]
+        if group.closes_pages:
+            return self._closing_step(place, seq_ids, starts, num_tokens)
         if group.grows:
             rows = [self._rows[seq_id] for seq_id in seq_ids]
             return growing_step(self.tables, place, group.page_size, rows, starts, num_tokens)
@@ -268,6 +299,44 @@ class CacheReplica:
                     entered = self.tables.pages(group, torch.tensor(row), columns).tolist()
                     assert entered == list(pages), f"page table of {seq_id!r} has {entered}, the ledger {pages}"
 
+    def _storage(self, group: KVCacheParams, num_pages: int) -> PagedStorage:
+        if group.closes_pages:
+            return ClosingStorage(group, num_pages, self.max_batch_size, self.devices)
+        return PagedStorage(group, num_pages, self.devices)
+
+    def _closing_step(
+        self, place: int, seq_ids: Sequence[SeqId], starts: Sequence[int], num_tokens: Sequence[int]
+    ) -> GroupStep:
+        group, rows = self.params.params[place], [self._rows[seq_id] for seq_id in seq_ids]
+        longest = max(start + count for start, count in zip(starts, num_tokens, strict=True))
+        columns = torch.arange(ceil_div(longest, group.page_size))
+        return closing_step(
+            self.tables.pages(place, torch.tensor(rows).unsqueeze(1), columns),
+            rows,
+            starts,
+            num_tokens,
+            [self.ledger.num_closed(seq_id) for seq_id in seq_ids],
+            page_size=group.page_size,
+            ring_pages=group.open_pages_per_sequence,
+            horizon=group.num_draft_tokens,
+        )
+
+    def _begin_closing(self, seq_id: SeqId) -> None:
+        """Pages that a sequence was given whole are closed already."""
+        for storage in self._closing:
+            storage.begin(self._rows[seq_id], self.ledger.num_closed(seq_id))
+
+    def _close(self, done: Commit) -> None:
+        """Close what a commit made final beyond what the steps did; pages exchanged for others are whole."""
+        whole = {(run.seq_id, run.first + place) for run in done.moved for place in range(len(run.pages))}
+        growing = next(place for place, group in enumerate(self.params.params) if group.grows)
+        for seq_id in dict.fromkeys(run.seq_id for run in done.closed):
+            pages = self.ledger.page_table(seq_id, growing).pages[: self.ledger.num_closed(seq_id)]
+            for storage in self._closing:
+                storage.close(
+                    self._rows[seq_id], [None if (seq_id, n) in whole else page for n, page in enumerate(pages)]
+                )
+
     def _check_row(self) -> None:
         if not self._free_rows:
             raise CapacityError(
@@ -281,6 +350,8 @@ class CacheReplica:
         for state in self.states:
             if state is not None:
                 state.clear(row)
+        for storage in self._closing:
+            storage.begin(row, 0)
         return row
 
     def _enter_table(self, seq_id: SeqId, group: int) -> None:

@@ -1,8 +1,9 @@
 """The bytes of one layer group: pages of keys, values and scales in one arena per tensor parallel shard.
 
     arena               uint8 [num_layers, num_pages + 1, bytes_per_layer_page]; the last page is the null page
-    one layer's page    key elements | value elements | key scales | value scales, each token after token
-    slot                page * page_size + offset: where one token lives
+    one layer's page    key elements | value elements | key scales | value scales, each row after row
+    row                 what is encoded together: a token, or all of the page where pages close (`closing.py`)
+    slot                page * rows of a page + offset: where one row lives
 
 Everything is written and read as bytes, so any width of head and any format packs without padding, and a
 page can move to another place as its slices.
@@ -10,7 +11,7 @@ page can move to another place as its slices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kvcfg.cache.step import GroupStep, Span
 from kvcfg.errors import ShapeError
-from kvcfg.formats.codec import Encoded, TokenCodec
+from kvcfg.formats.codec import Codec, Encoded
 from kvcfg.params import KVCacheParams
 
 
@@ -69,12 +70,18 @@ class PagedStorage:
         """Bytes held by the arenas of all shards, null pages included."""
         return sum(shard.arena.nbytes for shard in self.shards)
 
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page over all layers and shards, measured on the arenas."""
+        return sum(shard.arena[:, 0].numel() for shard in self.shards)
+
     def encode(self, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
-        """Tokens as every shard stores them; the inputs are left unchanged.
+        """Tokens, or whole pages where they close, as every shard stores them; the inputs are left unchanged.
 
         Args:
-            keys: `[num_tokens, n_kv_heads, head_dim]`, any float dtype, before any split over shards.
-            values: `[num_tokens, n_kv_heads, value_dim]`; of a latent (MLA) `[num_tokens, 1, 0]`.
+            keys: `[num_tokens, n_kv_heads, head_dim]`, any float dtype, before any split over shards; of pages
+                `[num_pages, page_size, n_kv_heads, head_dim]`.
+            values: the same with value_dim; of a latent (MLA) `[num_tokens, 1, 0]`.
 
         Raises:
             ShapeError: if heads or widths differ from the parameters.
@@ -84,17 +91,17 @@ class PagedStorage:
         _expect(keys, "keys", n_heads, params.head_dim)
         _expect(values, "values", n_heads, params.value_dim)
         return [
-            shard.encode(keys[:, heads.start : heads.stop], values[:, heads.start : heads.stop])
+            shard.encode(keys[..., heads.start : heads.stop, :], values[..., heads.start : heads.stop, :])
             for shard, heads in zip(self.shards, self._heads, strict=True)
         ]
 
     def store(self, layer: int, encoded: Sequence[EncodedTokens], slots: Tensor) -> None:
-        """Put encoded tokens at their slots.
+        """Put encoded tokens, or pages, at their slots.
 
         Args:
             layer: index within the group, in `[0, num_layers)`.
             encoded: what `encode` returned.
-            slots: `[num_tokens]` int64, each in `[0, num_pages * page_size)`, no repeats.
+            slots: `[num_rows]` int64, no repeats; of pages that close their ids.
         """
         for shard, tokens in zip(self.shards, encoded, strict=True):
             shard.store(layer, tokens, slots)
@@ -147,6 +154,10 @@ class PagedStorage:
         """
         return self.decode([shard.load(layer, pages) for shard in self.shards], dtype)
 
+    def read_slots(self, layer: int, slots: Tensor, dtype: torch.dtype) -> KeysValues:
+        """The tokens at some slots `[n]` int64, in order; not where pages close."""
+        return self.decode([shard.pick(layer, slots) for shard in self.shards], dtype)
+
     def copy_pages(self, sources: Tensor, targets: Tensor, origin: PagedStorage | None = None) -> None:
         """Copy whole pages, all layers, byte for byte.
 
@@ -163,10 +174,11 @@ class _Shard:
     """One device's part of every page: some of the heads."""
 
     def __init__(self, params: KVCacheParams, num_pages: int, device: torch.device) -> None:
-        recipe, page_size, n_heads = params.storage, params.page_size, params.n_kv_heads_per_device
-        self.device, self.page_size = device, page_size
-        self.key_codec = TokenCodec(recipe.key_format, recipe, n_heads, params.head_dim)
-        self.value_codec = TokenCodec(recipe.value_format, recipe, n_heads, params.value_dim)
+        recipe, n_heads = params.storage, params.n_kv_heads_per_device
+        together = params.page_size if params.closes_pages else None
+        self.device, self.rows_per_page = device, 1 if together else params.page_size
+        self.key_codec = Codec(recipe.keys, n_heads, params.head_dim, together)
+        self.value_codec = Codec(recipe.values, n_heads, params.value_dim, together)
         rows = (
             self.key_codec.element_row_bytes,
             self.value_codec.element_row_bytes,
@@ -175,9 +187,11 @@ class _Shard:
         )
         shape = (params.num_layers, num_pages + 1, params.bytes_per_layer_page)
         self.arena = torch.zeros(shape, dtype=torch.uint8, device=device)
-        starts = [page_size * sum(rows[:index]) for index in range(len(rows))]
+        starts = [self.rows_per_page * sum(rows[:index]) for index in range(len(rows))]
         self._regions = [
-            self.arena[:, :, start : start + page_size * row].unflatten(-1, (page_size, row)) if row else None
+            self.arena[:, :, start : start + self.rows_per_page * row].unflatten(-1, (self.rows_per_page, row))
+            if row
+            else None
             for start, row in zip(starts, rows, strict=True)
         ]
 
@@ -188,23 +202,32 @@ class _Shard:
 
     def store(self, layer: int, tokens: EncodedTokens, slots: Tensor) -> None:
         slots = slots.to(self.device)
-        pages, offsets = slots // self.page_size, slots % self.page_size
+        places = (slots // self.rows_per_page, slots % self.rows_per_page)
         for region, rows in zip(self._regions, _in_page_order(tokens), strict=True):
             if region is not None:
-                region[layer].index_put_((pages, offsets), rows)
+                region[layer].index_put_(places, rows)
 
     def load(self, layer: int, pages: Tensor) -> EncodedTokens:
         pages = pages.to(self.device)
-        key_elements, value_elements, key_scales, value_scales = (
-            pages.new_empty((len(pages) * self.page_size, 0), dtype=torch.uint8)
-            if region is None
-            else region[layer].index_select(0, pages).flatten(0, 1)
-            for region in self._regions
+        return self._gathered(
+            len(pages) * self.rows_per_page, lambda region: region[layer].index_select(0, pages).flatten(0, 1)
         )
-        return EncodedTokens(Encoded(key_elements, key_scales), Encoded(value_elements, value_scales))
+
+    def pick(self, layer: int, slots: Tensor) -> EncodedTokens:
+        slots = slots.to(self.device)
+        pages, offsets = slots // self.rows_per_page, slots % self.rows_per_page
+        return self._gathered(len(slots), lambda region: region[layer][pages, offsets])
 
     def decode(self, tokens: EncodedTokens, dtype: torch.dtype) -> KeysValues:
-        return KeysValues(self.key_codec.decode(tokens.keys, dtype), self.value_codec.decode(tokens.values, dtype))
+        keys = self.key_codec.decode(tokens.keys, dtype)
+        values = self.value_codec.decode(tokens.values, dtype)
+        return KeysValues(*(rows.flatten(0, 1) if rows.ndim == 4 else rows for rows in (keys, values)))
+
+    def _gathered(self, num_rows: int, gather: Callable[[Tensor], Tensor]) -> EncodedTokens:
+        nothing = torch.empty((num_rows, 0), dtype=torch.uint8, device=self.device)
+        parts = [nothing if region is None else gather(region) for region in self._regions]
+        key_elements, value_elements, key_scales, value_scales = parts
+        return EncodedTokens(Encoded(key_elements, key_scales), Encoded(value_elements, value_scales))
 
 
 def _in_page_order(tokens: EncodedTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -219,5 +242,5 @@ def _heads_of(params: KVCacheParams, rank: int) -> range:
 
 
 def _expect(tensor: Tensor, name: str, n_heads: int, dim: int) -> None:
-    if tensor.ndim != 3 or tensor.shape[1:] != (n_heads, dim):
+    if tensor.ndim < 3 or tensor.shape[-2:] != (n_heads, dim):
         raise ShapeError(f"{name} must be [num_tokens, {n_heads}, {dim}], got {list(tensor.shape)}")

@@ -40,3 +40,7 @@ class QuantizationConfig(Config):
 
     value_format: FormatName | None = None
     """Element format of values. null = cache.kv_cache_format."""
+
+    balance_rope: bool | None = None
+    """true = make the keys of a loaded model as large as the queries that read them, RoPE pair by RoPE pair, from
+    the weights alone; the model computes the same. null = where several channels of a key share a scale."""

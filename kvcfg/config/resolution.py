@@ -10,7 +10,7 @@ from kvcfg.config.drafts import DraftLayers, draft_layers
 from kvcfg.config.model import LayerGroup
 from kvcfg.dtypes import DType
 from kvcfg.errors import ConfigError
-from kvcfg.formats import FORMATS, Format, Recipe
+from kvcfg.formats import FORMATS, STORED_SCALES, Format, Recipe
 from kvcfg.param_checks import CacheRole
 from kvcfg.params import KVCacheParams, KVCacheQuantizationConfig, MultiKVCacheParams
 
@@ -61,6 +61,7 @@ def resolve(experiment: ExperimentConfig) -> Resolution:
     groups = [_group_params(experiment, role, group, recipe, devices) for role, group in layers]
     choices = (
         *_recipe_choices(experiment, recipe),
+        *_window_choices(experiment, recipe),
         *_device_choices(experiment, devices, groups),
         *_other_choices(experiment, max_seq_len),
         *_draft_choices(experiment, drafts),
@@ -79,10 +80,27 @@ def resolve_recipe(experiment: ExperimentConfig) -> Recipe:
         key_format,
         value_format,
         granularity,
-        asked.scale_source or ("dynamic" if granularity in ("token_head", "block") else "unit"),
+        asked.scale_source or ("dynamic" if granularity in STORED_SCALES else "unit"),
         DType[asked.scale_dtype or "float32"],
         asked.quantization_granularity,
     )
+
+
+def balances_rope(experiment: ExperimentConfig) -> bool:
+    """Whether RoPE pairs are balanced when the experiment's model is loaded."""
+    asked = experiment.quantization.balance_rope
+    return _balancing_gains(experiment, resolve_recipe(experiment))[0] if asked is None else asked
+
+
+def _balancing_gains(experiment: ExperimentConfig, recipe: Recipe) -> tuple[bool, str]:
+    """Whether balanced keys are stored with less loss than others, and why."""
+    if not any(group.kind in ("full", "sliding_window", "chunked") for group in experiment.model.layer_groups):
+        return False, f"{experiment.model.name} keeps no keys of single heads"
+    if recipe.key_format.bits >= 16:
+        return False, f"{recipe.key_format.name} holds every channel as it is"
+    if recipe.scale_source == "unit":
+        return False, "a scale of 1 is the same for all keys"
+    return True, "channels that share a scale lose least when none stands out"
 
 
 def _group_params(
@@ -90,6 +108,8 @@ def _group_params(
 ) -> KVCacheParams:
     cache, speculative = experiment.cache, experiment.speculative
     connector = cache.kv_connector_config
+    if group.window is not None and recipe.open_page is not None:
+        recipe = recipe.open_page
     return KVCacheParams(
         dtype=recipe.key_format.dtype,
         n_kv_heads=group.n_kv_heads,
@@ -121,6 +141,14 @@ def _group_params(
     )
 
 
+def _window_choices(experiment: ExperimentConfig, recipe: Recipe) -> list[Choice]:
+    """A window gives up a page soon after it is full, so there a page stays as it was while it was filled."""
+    if recipe.open_page is None or all(group.window is None for group in experiment.model.layer_groups):
+        return []
+    why = "a window gives its pages up soon after they are full"
+    return [Choice("format of windowed layers", recipe.format_name, recipe.open_page.format_name, why)]
+
+
 def _has_states(experiment: ExperimentConfig) -> bool:
     """Whether a layer keeps a state instead of tokens, and so cannot go on from a page of a prefix."""
     return any(group.kind == "linear" for group in experiment.model.layer_groups)
@@ -149,6 +177,8 @@ def _recipe_choices(experiment: ExperimentConfig, recipe: Recipe) -> list[Choice
         choices.append(Choice("quantization.scale_source", None, recipe.scale_source, why))
     if recipe.scale_source == "dynamic" and asked.scale_dtype is None:
         choices.append(Choice("quantization.scale_dtype", None, recipe.scale_dtype.name, "the default"))
+    if asked.balance_rope is None:
+        choices.append(Choice("quantization.balance_rope", None, *_balancing_gains(experiment, recipe)))
     return choices
 
 

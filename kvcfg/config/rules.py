@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kvcfg.config.cache import KVConnectorType
 from kvcfg.config.drafts import draft_layers
 from kvcfg.errors import Problem, nearest, one_of
-from kvcfg.formats import FORMATS, Format
+from kvcfg.formats import FORMATS, PACKED_MULTIPLE, STORED_SCALES, Format
 
 if TYPE_CHECKING:
     from kvcfg.config.experiment import ExperimentConfig
@@ -104,8 +104,31 @@ def dynamic_scales_are_fine(experiment: ExperimentConfig) -> Iterator[Problem]:
     """One scale for a whole tensor or head cannot follow numbers that are not there yet."""
     asked = experiment.quantization
     if asked.granularity in ("tensor", "head") and asked.scale_source == "dynamic":
-        rule = f"must be unit for granularity={asked.granularity}: dynamic scales are per token_head or block"
+        rule = f"must be unit for granularity={asked.granularity}: dynamic scales are per token_head, block or channel"
         yield Problem("quantization.scale_source", rule, "dynamic", "quantization.scale_source=unit")
+    if asked.granularity == "channel" and asked.scale_source == "unit":
+        rule = "must be dynamic for granularity=channel, whose scales are those of a full page"
+        yield Problem("quantization.scale_source", rule, "unit", "quantization.scale_source=dynamic")
+
+
+@_rule(*RECIPE_KEYS, "quantization.scale_dtype", *DRAFT_KEYS)
+def packed_formats_can_be_stored(experiment: ExperimentConfig) -> Iterator[Problem]:
+    """Formats below 8 bits have scales that follow the numbers, and heads that fill whole bytes."""
+    asked, packed = experiment.quantization, [item for item in _formats(experiment) if item.is_packed]
+    known = list(dict.fromkeys(item.name for item in packed))
+    names = " and ".join(known)
+    if packed and asked.granularity in ("tensor", "head"):
+        key = "quantization.granularity"
+        rule = f"{one_of(STORED_SCALES)} for {names}, whose few levels need scales that follow the numbers"
+        yield Problem(key, rule, asked.granularity, f"{key}=token_head")
+    if asked.scale_dtype == "float8_e8m0fnu" and (signed := [item.name for item in packed if item.asymmetric]):
+        key, rule = "quantization.scale_dtype", f"must have a sign for {signed[0]}, which stores zeros too"
+        yield Problem(key, rule, asked.scale_dtype, f"{key}=null")
+    uneven = [dim for dim in _stored_dims(experiment) if dim % PACKED_MULTIPLE]
+    if packed and uneven:
+        key, name = next((key, name) for key, name in _named_formats(experiment).items() if name.lower() in known)
+        rule = f"packs whole bytes and needs head_dim to be a multiple of {PACKED_MULTIPLE}, which {uneven[0]} is not"
+        yield Problem(key, rule, name, f"{key}=int8")
 
 
 @_rule("quantization.granularity", "quantization.quantization_granularity", *DRAFT_KEYS)
@@ -143,6 +166,15 @@ def latents_have_one_format(experiment: ExperimentConfig) -> Iterator[Problem]:
     if stored == {"mla"} and asked.value_format is not None and asked.value_format != asked.key_format:
         rule = f"must be null for {experiment.model.name}: its latents are stored in the key format, once for both"
         yield Problem(key, rule, asked.value_format, f"{key}=null")
+
+
+@_rule("quantization.balance_rope", "model.layer_groups")
+def balanced_keys_are_those_of_heads(experiment: ExperimentConfig) -> Iterator[Problem]:
+    """Balancing needs layers that keep the keys of single heads."""
+    kinds = {group.kind for group in experiment.model.layer_groups}
+    if experiment.quantization.balance_rope and not any(map(_has_heads, kinds)):
+        rule = f"must not be true for {experiment.model.name}, which keeps no keys of single heads"
+        yield Problem("quantization.balance_rope", rule, True, "quantization.balance_rope=null")
 
 
 @_rule("devices", "model.layer_groups", "model.num_q_heads")

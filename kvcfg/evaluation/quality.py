@@ -94,9 +94,13 @@ def full_precision(batch_size: int) -> Any:
 
 
 def logits(model: Any, tokens: Tensor, cache: CacheMaker) -> Tensor:
-    """Logits `[batch_size, window_tokens, vocabulary]` of `tokens` `[batch_size, window_tokens]`, fed at once."""
-    batch = tokens.to(model.device)
-    return model(batch, past_key_values=cache(len(tokens)), use_cache=True).logits  # type: ignore[no-any-return]
+    """Logits `[batch_size, window_tokens, vocabulary]` of `tokens` `[batch_size, window_tokens]`.
+
+    They are fed at once, or page by page to a cache whose queries read closed pages otherwise than open ones.
+    """
+    held = cache(len(tokens))
+    pieces = tokens.to(model.device).split(getattr(held, "step_tokens", None) or tokens.shape[1], dim=1)
+    return torch.cat([model(piece, past_key_values=held, use_cache=True).logits for piece in pieces], dim=1)
 
 
 def agreement(reference: Tensor, candidate: Tensor, tokens: Tensor) -> Agreement:

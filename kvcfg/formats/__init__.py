@@ -2,33 +2,60 @@
 
 A format says how one number of a key or value is stored (`int8`: 8 bits, up to 127). A recipe says how
 a page of them is stored: which format for keys and which for values, and how many numbers share a scale.
-`x = q * scale` on the way back, always.
+On the way back always
 
-    granularity   numbers that share one scale                 scales of a page, per head
-    none          no scale: the format holds the numbers as they are            0
-    tensor        all of them; the scale is 1, so none is stored                0
-    head          all of a head; the scale is 1, so none is stored              0
-    token_head    the head_dim numbers of one token in one head                 page_size
-    block         `block_size` of those numbers                                 page_size * head_dim / block_size
+    x = q * scale            or, in the asymmetric formats, which store a zero beside each scale,
+    x = q * scale + zero
 
-The codec of a format (quantize, dequantize) lives in the file named by `codec` and needs torch.
+    granularity   numbers that share one scale                            scales of a page, per head
+    none          no scale: the format holds the numbers as they are      0
+    tensor        all of them; the scale is 1, so none is stored          0
+    head          all of a head; the scale is 1, so none is stored        0
+    token_head    the head_dim numbers of one token in one head           page_size
+    block         `block_size` of those numbers                           page_size * head_dim / block_size
+    channel       one number of each of `block_size` tokens (null: of     head_dim * page_size / block_size
+                  all tokens of the page), per head
+
+    format              levels of one number                                     bits
+    float32 … bfloat16  those of the type                                        32, 16
+    float8_*, int8      those of the type, -127 to 127                           8
+    int6 … int2         whole numbers, -31 to 31 … -1 to 1                       6 … 2
+    uint6 … uint2       whole numbers, 0 to 63 … 0 to 3, above a stored zero     6 … 2
+    gauss6 … gauss2     the 64 … 4 levels that suit a normal distribution best   6 … 2
+    float4_e2m1fn       0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives           4
+
+NVFP4 is a recipe of float4_e2m1fn: blocks of 16 with float8_e4m3fn scales (without the second scale per tensor
+that hardware adds, which keys and values do not need: their block scales fit e4m3). mxfp4 is another: blocks of
+32 with float8_e8m0fnu scales. Elements below 8 bits are packed without gaps, whole bytes for every head_dim that
+is a multiple of 8.
+
+The codec of a format lives in the file named by `codec` and needs torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal, get_args
 
 from kvcfg.dtypes import DType
 from kvcfg.errors import ConfigError, Problem, nearest, one_of
 from kvcfg.units import ceil_div
 
-Granularity = Literal["none", "tensor", "head", "token_head", "block"]
+Granularity = Literal["none", "tensor", "head", "token_head", "block", "channel"]
 ScaleSource = Literal["unit", "dynamic"]
-ScaleDType = Literal["float32", "bfloat16", "float16", "float8_e8m0fnu"]
+ScaleDType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu"]
+Transform = Literal["none", "hadamard"]
 
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 SCALE_DTYPES: tuple[ScaleDType, ...] = get_args(ScaleDType)
+TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
+
+STORED_SCALES: tuple[Granularity, ...] = ("token_head", "block", "channel")
+"""Granularities whose scales are computed from the numbers and stored beside them."""
+
+PACKED_MULTIPLE = 8
+"""What head_dim must be a multiple of for elements below 8 bits, so that every token fills whole bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +64,26 @@ class Format:
 
     Attributes:
         name: the value of `cache.kv_cache_format`.
-        dtype: what one stored element is.
-        max_value: largest magnitude that can be stored.
+        dtype: what one stored element is; uint8 where several are packed into bytes.
+        bits: bits of one stored element, without scales.
+        max_value: largest magnitude that can be stored, in units of the scale.
         scaled: whether numbers are divided by a scale before they are stored.
-        codec: "module:function" that quantizes and dequantizes; needs torch.
+        codec: "module:class" that rounds, packs and reads elements; needs torch.
+        asymmetric: whether a zero is stored beside each scale, of the same type.
     """
 
     name: str
     dtype: DType
+    bits: int
     max_value: float
     scaled: bool
     codec: str
+    asymmetric: bool = False
 
     @property
-    def bits(self) -> int:
-        """Bits of one stored element, without scales."""
-        return self.dtype.size_in_bits
+    def is_packed(self) -> bool:
+        """Whether elements are smaller than a byte."""
+        return self.bits < 8
 
     def value_bytes(self, num_elements: int) -> int:
         """Bytes that hold `num_elements` packed elements."""
@@ -74,6 +105,81 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True)
+class SideRecipe:
+    """How the keys, or the values, of a page are stored.
+
+    Attributes:
+        element_format: how one number is stored.
+        granularity: which numbers share a scale (the table at the top of this file).
+        block_size: numbers along head_dim (`block`) or tokens (`channel`) that share one scale.
+        scale_dtype: what one stored scale is, and a stored zero.
+        transform: what is done to the head_dim numbers of one token in one head before they are stored.
+    """
+
+    element_format: Format
+    granularity: Granularity
+    block_size: int | None
+    scale_dtype: DType
+    transform: Transform = "none"
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether scales are stored beside the elements."""
+        return self.element_format.scaled and self.granularity in STORED_SCALES
+
+    @property
+    def spans_tokens(self) -> bool:
+        """Whether tokens share scales, so that they can only be stored together."""
+        return self.is_scaled and self.granularity == "channel"
+
+    def scales_per_token(self, dim: int) -> int:
+        """Scales that belong to one token in one head of width `dim`; 0 where tokens share them."""
+        if not self.is_scaled or self.spans_tokens or dim == 0:
+            return 0
+        return 1 if self.block_size is None else ceil_div(dim, self.block_size)
+
+    def num_scales(self, tokens: int, n_heads: int, dim: int) -> int:
+        """Scales of `tokens` tokens that are stored together; zeros are not counted."""
+        if self.spans_tokens:
+            return ceil_div(tokens, self.block_size or tokens) * n_heads * dim
+        return tokens * n_heads * self.scales_per_token(dim)
+
+    def element_bytes(self, tokens: int, n_heads: int, dim: int) -> int:
+        """Bytes of the elements of `tokens` tokens."""
+        return self.element_format.value_bytes(tokens * n_heads * dim)
+
+    def scale_bytes(self, tokens: int, n_heads: int, dim: int) -> int:
+        """Bytes of the scales, and zeros, of `tokens` tokens that are stored together."""
+        parts = 2 if self.element_format.asymmetric else 1
+        return self.num_scales(tokens, n_heads, dim) * parts * self.scale_dtype.size_in_bytes
+
+    def problems(self, dim: int, tokens: int | None) -> list[Problem]:
+        """What stands against storing heads of width `dim` like this, `tokens` at a time (None = one by one)."""
+        if dim == 0:
+            return []
+        found, name = [], self.element_format.name
+        if self.element_format.is_packed and dim % PACKED_MULTIPLE:
+            rule = f"packs whole bytes, so that head_dim must be a multiple of {PACKED_MULTIPLE}, not {dim}"
+            found.append(Problem("format", rule, name, "format=int8"))
+        if self.element_format.is_packed and not self.is_scaled:
+            rule = f"{one_of(STORED_SCALES)} for {name}, whose few levels need scales that follow the numbers"
+            found.append(Problem("granularity", rule, self.granularity, "granularity=token_head"))
+        if self.element_format.asymmetric and self.scale_dtype is DType.float8_e8m0fnu:
+            rule = f"must have a sign for {name}, which stores zeros beside its scales"
+            found.append(Problem("scale_dtype", rule, self.scale_dtype.name, "scale_dtype=float16"))
+        if self.spans_tokens and (tokens is None or tokens % (self.block_size or tokens)):
+            rule = f"must divide the tokens that are stored together, which are {tokens or 1}"
+            found.append(Problem("block_size", rule, self.block_size, None if tokens is None else "block_size=null"))
+        if self.granularity == "block" and self.is_scaled and dim % (self.block_size or 1):
+            rule = f"must divide head_dim {dim}"
+            found.append(Problem("block_size", rule, self.block_size, f"block_size={gcd(dim, self.block_size or 1)}"))
+        return found
+
+    def __str__(self) -> str:
+        return self.granularity if self.block_size is None else f"{self.granularity} of {self.block_size}"
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How the pages of one layer group are stored; nothing is left to guess.
 
@@ -82,7 +188,13 @@ class Recipe:
         granularity: which numbers share a scale (the table at the top of this file).
         scale_source: `unit` scales are 1 and take no bytes; `dynamic` ones are computed as numbers arrive.
         scale_dtype: what one stored scale is.
-        block_size: numbers along head_dim that share a scale; set if and only if granularity is `block`.
+        block_size: numbers along head_dim (`block`, which needs it) or tokens (`channel`; None = the whole page)
+            that share a scale.
+        key_granularity, key_block_size: the same for keys where they differ from values; None = they do not.
+        transform: `hadamard` turns the head_dim numbers of each token in each head by an orthonormal Hadamard
+            matrix before they are quantized, and back as they are read: outliers of a channel are spread over all.
+        open_page_format: element format of a page that is being filled, where it cannot have the recipe's own
+            (`closes`); None = int8.
     """
 
     key_format: Format
@@ -91,6 +203,23 @@ class Recipe:
     scale_source: ScaleSource
     scale_dtype: DType
     block_size: int | None = None
+    key_granularity: Granularity | None = None
+    key_block_size: int | None = None
+    transform: Transform = "none"
+    open_page_format: Format | None = None
+
+    @property
+    def keys(self) -> SideRecipe:
+        """How keys are stored."""
+        own = self.key_granularity is not None
+        block_size = self.key_block_size if own else self.block_size
+        granularity = self.key_granularity or self.granularity
+        return SideRecipe(self.key_format, granularity, block_size, self.scale_dtype, self.transform)
+
+    @property
+    def values(self) -> SideRecipe:
+        """How values are stored."""
+        return SideRecipe(self.value_format, self.granularity, self.block_size, self.scale_dtype, self.transform)
 
     @property
     def format_name(self) -> str:
@@ -100,23 +229,33 @@ class Recipe:
     @property
     def is_scaled(self) -> bool:
         """Whether pages hold scales beside the elements."""
-        return self.granularity in ("token_head", "block") and (self.key_format.scaled or self.value_format.scaled)
+        return self.keys.is_scaled or self.values.is_scaled
 
-    def scales_per_token(self, element_format: Format, dim: int) -> int:
-        """Scales stored for one token in one head of width `dim`, in one of the recipe's formats."""
-        if not self.is_scaled or not element_format.scaled or dim == 0:
-            return 0
-        return 1 if self.block_size is None else ceil_div(dim, self.block_size)
+    @property
+    def closes(self) -> bool:
+        """Whether a page is stored like this only once it is full.
+
+        Tokens that share scales cannot be stored one by one, and the newest tokens lose too much below 8 bits.
+        """
+        return any(side.element_format.is_packed or side.spans_tokens for side in (self.keys, self.values))
+
+    @property
+    def open_page(self) -> Recipe | None:
+        """How a page is stored until it closes; None where it is stored like any other."""
+        if not self.closes:
+            return None
+        element = self.open_page_format or FORMATS["int8"]
+        if not element.scaled:
+            return Recipe(element, element, "none", "unit", DType.float32)
+        return Recipe(element, element, "token_head", "dynamic", DType.float16)
 
     def value_bytes(self, page_size: int, n_heads: int, k_dim: int, v_dim: int) -> int:
         """Bytes of the elements of one layer's page."""
-        tokens = page_size * n_heads
-        return self.key_format.value_bytes(tokens * k_dim) + self.value_format.value_bytes(tokens * v_dim)
+        return self.keys.element_bytes(page_size, n_heads, k_dim) + self.values.element_bytes(page_size, n_heads, v_dim)
 
     def scale_bytes(self, page_size: int, n_heads: int, k_dim: int, v_dim: int) -> int:
-        """Bytes of the scales of one layer's page."""
-        scales = self.scales_per_token(self.key_format, k_dim) + self.scales_per_token(self.value_format, v_dim)
-        return page_size * n_heads * scales * self.scale_dtype.size_in_bytes
+        """Bytes of the scales, and zeros, of one layer's page."""
+        return self.keys.scale_bytes(page_size, n_heads, k_dim) + self.values.scale_bytes(page_size, n_heads, v_dim)
 
     def page_bytes(self, page_size: int, n_heads: int, k_dim: int, v_dim: int) -> int:
         """Bytes of one layer's page, elements and scales: the byte formula of kvcfg."""
@@ -124,21 +263,52 @@ class Recipe:
         return self.value_bytes(*shape) + self.scale_bytes(*shape)
 
     def __str__(self) -> str:
-        scales = "" if self.granularity == "none" else f", {self.scale_source} scales per {self.granularity}"
-        block = "" if self.block_size is None else f" of {self.block_size}"
-        kept = f" in {self.scale_dtype.name}" if self.is_scaled else ""
-        return self.format_name + scales + block + kept
+        words = [self.format_name]
+        if self.granularity != "none" or self.key_granularity is not None:
+            per = str(self.values) if self.key_granularity is None else f"{self.keys} (keys) and {self.values} (values)"
+            kept = f" in {self.scale_dtype.name}" if self.is_scaled else ""
+            words.append(f"{self.scale_source} scales per {per}{kept}")
+        if self.transform != "none":
+            words.append(self.transform)
+        if self.open_page_format is not None:
+            words.append(f"open pages in {self.open_page_format.name}")
+        return ", ".join(words)
+
+
+def _floats() -> tuple[Format, ...]:
+    """Formats that hold numbers as they are, and 8-bit floats."""
+    return (
+        Format("float32", DType.float32, 32, 3.4028234663852886e38, False, "kvcfg.formats.cast:Cast"),
+        Format("float16", DType.float16, 16, 65504.0, False, "kvcfg.formats.cast:Cast"),
+        Format("bfloat16", DType.bfloat16, 16, 3.3895313892515355e38, False, "kvcfg.formats.cast:Cast"),
+        Format("float8_e4m3fn", DType.float8_e4m3fn, 8, 448.0, True, "kvcfg.formats.fp8:E4M3"),
+        Format("float8_e5m2", DType.float8_e5m2, 8, 57344.0, True, "kvcfg.formats.fp8:E5M2"),
+    )
+
+
+def _packed() -> tuple[Format, ...]:
+    """Formats of 6 to 2 bits, several elements to a byte."""
+    gaussian = {6: 3.744101, 5: 3.260732, 4: 2.73259, 3: 2.151946, 2: 1.510418}
+    return (
+        Format("float4_e2m1fn", DType.uint8, 4, 6.0, True, "kvcfg.formats.fp4:FP4"),
+        *(
+            Format(f"int{bits}", DType.uint8, bits, 2.0 ** (bits - 1) - 1, True, "kvcfg.formats.uniform:Symmetric")
+            for bits in (6, 5, 4, 3, 2)
+        ),
+        *(
+            Format(f"uint{bits}", DType.uint8, bits, 2.0**bits - 1, True, "kvcfg.formats.uniform:Asymmetric", True)
+            for bits in (6, 5, 4, 3, 2)
+        ),
+        *(
+            Format(f"gauss{bits}", DType.uint8, bits, largest, True, "kvcfg.formats.gaussian:Gaussian")
+            for bits, largest in gaussian.items()
+        ),
+    )
 
 
 FORMATS: dict[str, Format] = {
     item.name: item
-    for item in (
-        Format("float32", DType.float32, 3.4028234663852886e38, False, "kvcfg.formats.cast:Cast"),
-        Format("float16", DType.float16, 65504.0, False, "kvcfg.formats.cast:Cast"),
-        Format("bfloat16", DType.bfloat16, 3.3895313892515355e38, False, "kvcfg.formats.cast:Cast"),
-        Format("float8_e4m3fn", DType.float8_e4m3fn, 448.0, True, "kvcfg.formats.fp8:FP8"),
-        Format("int8", DType.int8, 127.0, True, "kvcfg.formats.int8:Int8"),
-    )
+    for item in (*_floats(), Format("int8", DType.int8, 8, 127.0, True, "kvcfg.formats.int8:Int8"), *_packed())
 }
 
 

@@ -1,15 +1,21 @@
-"""Tokens to stored bytes and back.
+"""Tokens to stored bytes and back, one by one or a page of them together.
 
-A tensor `[num_tokens, n_heads, dim]` becomes two byte tensors with one row a token: elements
-`[num_tokens, n_heads * dim * bits / 8]` and scales `[num_tokens, n_heads * scales_per_token * scale_bytes]`.
-Rows are plain bytes, so that a page can hold them packed, in any order, without regard to alignment.
+Numbers `[n, tokens, n_heads, dim]` become two byte tensors of n rows: elements, then scales with the zeros after
+them. Rows are plain bytes, so that a page can hold them packed, in any order, without regard to alignment. Tokens
+that are encoded one by one have no axis `tokens` and a row each.
 
-    scale = amax / max_value        amax over the numbers that share the scale
-    q     = clamp(x / scale)        then cast or rounded by the format
-    x     = q * scale
+    transform, if any        each token and head by itself
+    scale (and zero)         of the numbers that share them (`scales.py`)
+    q = (x - zero) / scale   rounded, cast and packed by the format
+    x = q * scale + zero     and the transform undone
 
-The scale is rounded to the dtype it is stored in before it divides, so that q is made for the scale that
-will be read. A NaN makes the scale of its own token NaN and reaches no other; an infinity saturates.
+A NaN reaches no other token. It makes the scale of its own token NaN; where tokens share scales it is left out of
+them and reads as about 0, unless the format has a NaN of its own. An infinity saturates; where tokens share
+scales and a transform would spread it over its token, that token is read as if it were NaN.
+
+Encoding does the same to every token and page whatever stands beside it, bit for bit on one machine. What was
+decoded in float32 encodes to the same bytes again with float16 and bfloat16 scales, as long as these are normal
+numbers of their type, and so does a float4_e2m1fn with 8-bit scales; float32 scales may change in their last bit.
 """
 
 from __future__ import annotations
@@ -19,7 +25,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kvcfg.formats import Format, Recipe
+from kvcfg.errors import ConfigError
+from kvcfg.formats import SideRecipe
+from kvcfg.formats.codebook import Codebook
+from kvcfg.formats.scales import Scales
+from kvcfg.formats.transforms import Hadamard
 from kvcfg.registry import load_object
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -28,78 +38,114 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 class ElementCodec(Protocol):
     """One element format: float numbers within its range to stored elements and back."""
 
+    dtype: torch.dtype
+
     def to_elements(self, numbers: Tensor) -> Tensor:
-        """Round numbers `[..., dim]` to the format; larger ones saturate, NaN stays NaN if the format has one."""
+        """Round numbers `[n, count]` to elements `[n, any]`; larger ones saturate, NaN stays if there is one."""
 
     def from_elements(self, elements: Tensor) -> Tensor:
-        """The float32 numbers that stored elements stand for, same shape."""
+        """The numbers `[n, count]` that stored elements stand for; float32 and a new tensor in scaled formats."""
 
 
 class Encoded(NamedTuple):
-    """Stored bytes of some tokens.
+    """Stored bytes of some tokens or pages.
 
     Attributes:
-        elements: uint8 `[num_tokens, element_row_bytes]`.
-        scales: uint8 `[num_tokens, scale_row_bytes]`; no columns where nothing is scaled.
+        elements: uint8 `[n, element_row_bytes]`.
+        scales: uint8 `[n, scale_row_bytes]`; no columns where nothing is scaled.
     """
 
     elements: Tensor
     scales: Tensor
 
 
-class TokenCodec:
+class Codec:
     """Encodes keys, or values, of one layer group.
 
     Args:
-        element_format: how one number is stored.
-        recipe: what shares a scale, and how scales are stored.
+        side: how they are stored.
         n_heads: heads in a token.
         dim: width of a head.
+        tokens: tokens that are encoded together, as those of a page are when it closes; None = one by one.
+
+    Raises:
+        ConfigError: if elements do not fill whole bytes, or groups of tokens or numbers that share scales do not
+            divide what is encoded together.
     """
 
-    def __init__(self, element_format: Format, recipe: Recipe, n_heads: int, dim: int) -> None:
-        self.n_heads, self.dim = n_heads, dim
-        self.scales_per_token = recipe.scales_per_token(element_format, dim)
-        self.element_row_bytes = element_format.value_bytes(n_heads * dim)
-        self.scale_row_bytes = n_heads * self.scales_per_token * recipe.scale_dtype.size_in_bytes
-        self._max_value = element_format.max_value
-        self._scale_dtype = recipe.scale_dtype.to_torch()
-        # A hundredth below what float32 can hold, so that a rounded scale times the largest element is finite.
-        self._max_scale = min(torch.finfo(self._scale_dtype).max, 0.99 * _FLOAT32_MAX / element_format.max_value)
-        self._dtype = element_format.dtype.to_torch()
-        self._codec: ElementCodec = load_object(element_format.codec)(self._dtype)
+    def __init__(self, side: SideRecipe, n_heads: int, dim: int, tokens: int | None = None) -> None:
+        self.n_heads, self.dim, self.tokens = n_heads, dim, tokens
+        if problems := side.problems(dim, tokens):
+            raise ConfigError(problems)
+        together = tokens or 1
+        self.element_row_bytes = side.element_bytes(together, n_heads, dim)
+        self.scale_row_bytes = side.scale_bytes(together, n_heads, dim)
+        self._count = together * n_heads * dim
+        self._shape = (n_heads, dim) if tokens is None else (tokens, n_heads, dim)
+        self._codec: ElementCodec = load_object(side.element_format.codec)(side.element_format)
+        self._scale_dtype = side.scale_dtype.to_torch()
+        codebook = self._codec if isinstance(self._codec, Codebook) else None
+        self._scales = Scales(side, codebook) if self.scale_row_bytes else None
+        self._asymmetric, self._spans_tokens = side.element_format.asymmetric, side.spans_tokens
+        self._group_shape, self._axis = _groups(side, together, n_heads, dim)
+        self._scale_shape = [size if axis != self._axis else 1 for axis, size in enumerate(self._group_shape, start=1)]
+        self._hadamard = Hadamard(dim) if side.transform == "hadamard" and dim else None
 
     def encode(self, numbers: Tensor) -> Encoded:
-        """Quantize `[num_tokens, n_heads, dim]` of any float dtype; the input is left unchanged."""
-        if not self.scales_per_token:
-            no_scales = numbers.new_empty((len(numbers), 0), dtype=torch.uint8)
-            return Encoded(_as_rows(self._codec.to_elements(numbers)), no_scales)
-        groups = numbers.to(torch.float32).unflatten(-1, (self.scales_per_token, -1))
-        scales = self._scales_of(groups)
-        elements = self._codec.to_elements(groups / scales.to(torch.float32).unsqueeze(-1))
-        return Encoded(_as_rows(elements), _as_rows(scales))
+        """Quantize `[n, tokens, n_heads, dim]` of any float dtype; the input is left unchanged."""
+        num_rows = len(numbers)
+        if self._hadamard is not None:
+            numbers = self._hadamard.apply(self._bounded(numbers.to(torch.float32)))
+        if self._scales is None:
+            no_scales = numbers.new_empty((num_rows, 0), dtype=torch.uint8)
+            return Encoded(_as_rows(self._codec.to_elements(numbers.reshape(num_rows, self._count))), no_scales)
+        groups = numbers.to(torch.float32).reshape(num_rows, *self._group_shape)
+        scales, zeros = self._scales.choose(self._without_nonfinite(groups), self._axis)
+        shifted = groups if zeros is None else groups - zeros
+        divisors = torch.where(scales == 0, 1.0, scales) if self._scales.may_be_zero else scales
+        stored = scales if zeros is None else torch.cat((scales.flatten(1), zeros.flatten(1)), dim=1)
+        elements = self._codec.to_elements((shifted / divisors).reshape(num_rows, self._count))
+        return Encoded(_as_rows(elements), _as_rows(stored.to(self._scale_dtype)))
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
-        """Stored bytes back to numbers `[num_tokens, n_heads, dim]` in `dtype`."""
-        num_tokens = len(encoded.elements)
-        elements = encoded.elements.contiguous().view(self._dtype).view(num_tokens, self.n_heads, self.dim)
-        if not self.scales_per_token:
-            return self._codec.from_elements(elements).to(dtype)
-        scales = encoded.scales.contiguous().view(self._scale_dtype).to(torch.float32)
-        groups = self._codec.from_elements(elements).unflatten(-1, (self.scales_per_token, -1))
-        numbers: Tensor = groups * scales.view(num_tokens, self.n_heads, self.scales_per_token, 1)
-        return numbers.flatten(-2).to(dtype)
+        """Stored bytes back to numbers `[n, tokens, n_heads, dim]` in `dtype`."""
+        num_rows = len(encoded.elements)
+        numbers = self._codec.from_elements(encoded.elements.contiguous().view(self._codec.dtype))
+        if self._scales is not None:
+            stored = encoded.scales.contiguous().view(self._scale_dtype).to(torch.float32)
+            parts = stored.view(num_rows, 1 + self._asymmetric, *self._scale_shape).unbind(1)
+            numbers = numbers.view(num_rows, *self._group_shape).mul_(parts[0])
+            if self._asymmetric:
+                numbers.add_(parts[1])
+        numbers = numbers.view(num_rows, *self._shape)
+        if self._hadamard is not None:
+            numbers = self._hadamard.apply(numbers.to(torch.float32))
+        return numbers.to(dtype)
 
-    def _scales_of(self, groups: Tensor) -> Tensor:
-        """Scales `[..., scales_per_token]` in their stored dtype, never zero and never infinite."""
-        exact = groups.abs().amax(dim=-1) / self._max_value
-        if self._scale_dtype == torch.float8_e8m0fnu:
-            # Powers of two only: the next one up, so that nothing is cut off.
-            exact = torch.exp2(exact.log2().ceil())
-        bounded = exact.clamp(max=self._max_scale)
-        return torch.where(bounded < torch.finfo(self._scale_dtype).tiny, 1.0, bounded).to(self._scale_dtype)
+    def _bounded(self, numbers: Tensor) -> Tensor:
+        """What a sum over a head keeps finite; infinities become NaN where they would spoil the scales of others."""
+        limit = _FLOAT32_MAX / (4 * self.dim)
+        bounded = numbers.clamp(-limit, limit)
+        return bounded.where(numbers.isfinite(), torch.nan) if self._spans_tokens else bounded
+
+    def _without_nonfinite(self, groups: Tensor) -> Tensor:
+        """Groups for which scales are chosen: where tokens share them, of finite numbers only."""
+        if not self._spans_tokens:
+            return groups
+        finite = groups.isfinite()
+        smallest = groups.where(finite, torch.inf).amin(self._axis, keepdim=True)
+        return groups.where(finite, smallest.where(smallest.isfinite(), 0.0))
+
+
+def _groups(side: SideRecipe, tokens: int, n_heads: int, dim: int) -> tuple[tuple[int, ...], int]:
+    """The shape in which numbers that share a scale lie along one axis, and that axis, rows before it counted."""
+    if side.spans_tokens:
+        size = side.block_size or tokens
+        return (tokens // size, size, n_heads * dim), 2
+    per_token = max(1, side.scales_per_token(dim))
+    return (tokens * n_heads, per_token, dim // per_token), 3
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    """`[num_tokens, ...]` of any dtype to its bytes, one row a token."""
+    """`[n, ...]` of any dtype to its bytes, one row each."""
     return tensor.flatten(1).contiguous().view(torch.uint8)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MAX_VALUE = 127.0
+from kvcfg.formats import Format
 
 
 class Int8:
     """Stores numbers rounded to the nearest integer, ties to even."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    dtype = torch.int8
+
+    def __init__(self, element_format: Format) -> None:
+        self._max_value = element_format.max_value
 
     def to_elements(self, numbers: Tensor) -> Tensor:
-        """Round `[..., dim]`; magnitudes above 127 saturate. int8 has no NaN: it becomes 0 under a NaN scale."""
-        return numbers.round().clamp_(-_MAX_VALUE, _MAX_VALUE).nan_to_num_(nan=0.0).to(self._dtype)
+        """Round numbers; magnitudes above 127 saturate. int8 has no NaN: it becomes 0."""
+        rounded = numbers.round().clamp_(-self._max_value, self._max_value)
+        return rounded.nan_to_num_(nan=0.0).to(self.dtype)
 
     def from_elements(self, elements: Tensor) -> Tensor:
-        """The float32 numbers of stored elements."""
+        """The float32 numbers of stored elements, a new tensor."""
         return elements.to(torch.float32)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from kvcfg.config.devices import DevicesConfig, detect
 from kvcfg.config.experiment import ExperimentConfig
+from kvcfg.config.resolution import balances_rope
 from kvcfg.errors import BackendUnavailable, ShapeError
+from kvcfg.integrations.rope_balance import balance_rope_pairs
+from kvcfg.integrations.rope_layers import rope_layers
 from kvcfg.integrations.weights import fetch_weights
+
+_log = logging.getLogger("kvcfg")
 
 
 class LoadedModel(NamedTuple):
@@ -41,12 +46,12 @@ def load(experiment: ExperimentConfig) -> LoadedModel:
     """The model of an experiment, ready to run, and its tokenizer; fetches the weights on first use.
 
     The model computes in float32 on CPUs, so that figures are about the cache and not about rounding
-    elsewhere, and in bfloat16 on GPUs.
+    elsewhere, and in bfloat16 on GPUs. Where the recipe asks for it, its RoPE pairs are balanced.
 
     Raises:
         ConfigError: if the config names no source of weights.
         BackendUnavailable: if transformers or a device is missing, or weights cannot be had.
-        ShapeError: if the model's layers are not those of the config.
+        ShapeError: if the config asks for a change of the keys that this model cannot be given.
     """
     transformers = import_transformers()
     source = fetch_weights(experiment.model)
@@ -55,6 +60,8 @@ def load(experiment: ExperimentConfig) -> LoadedModel:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     if experiment.model.outlier_scale != 1.0:
         scale_rope_pair(model, experiment.model.outlier_scale)
+    if balances_rope(experiment):
+        _balance(model, asked=experiment.quantization.balance_rope is not None)
     return LoadedModel(model.eval().to(device), load_tokenizer(experiment))
 
 
@@ -85,27 +92,34 @@ def torch_device(devices: DevicesConfig) -> torch.device:
     return torch.device("cuda", 0)
 
 
-@torch.no_grad()
-def scale_rope_pair(model: nn.Module, factor: float) -> None:
-    """Scale one RoPE pair of every KV head by `factor` in `k_proj`, and by its inverse in `q_proj`, in place.
+def scale_rope_pair(model: Any, factor: float) -> None:
+    """Scale one RoPE pair of every KV head by `factor`, and the queries that read it by its inverse, in place.
 
     Scores are products of queries and keys, so the model computes the same function, while its keys get the
-    outlier channels that many checkpoints have: in the pair that rotates slowest, where they are found.
+    outlier channels that many checkpoints have: in the pair that turns slowest, where they are found.
 
     Args:
-        model: a model of the Llama family: `q_proj` and `k_proj`, keys rotated in halves, no norm after.
+        model: a causal language model of transformers.
         factor: what keys are multiplied by.
 
     Raises:
-        ShapeError: if the model is of another family.
+        ShapeError: if it is not known where the model makes and rotates its keys.
     """
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    attentions = [module for module in model.modules() if hasattr(module, "k_proj") and hasattr(module, "q_proj")]
-    if not attentions or any(hasattr(module, "q_norm") or hasattr(module, "k_norm") for module in attentions):
-        raise ShapeError(f"model.outlier_scale needs plain q_proj and k_proj, which {config.model_type} has not")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    channels = torch.tensor([head_dim // 2 - 1, head_dim - 1])
-    for attention in attentions:
-        for projection, scale in ((attention.k_proj, factor), (attention.q_proj, 1 / factor)):
-            for parameter in projection.parameters():  # type: ignore[union-attr]
-                parameter.unflatten(0, (-1, head_dim))[:, channels] *= scale
+    try:
+        layers = rope_layers(model)
+    except ShapeError as error:
+        raise ShapeError(f"model.outlier_scale={factor:g}: {error}. Try: model.outlier_scale=1") from error
+    for layer in layers:
+        slowest = layer.pair_of == layer.num_pairs - 1
+        layer.scale_keys(torch.where(slowest, factor, 1.0).double().expand(layer.keys.scaled_heads, -1))
+
+
+def _balance(model: Any, *, asked: bool) -> None:
+    """Balance RoPE pairs; a model that cannot be is refused if that was asked for, and else left as it is."""
+    try:
+        balance_rope_pairs(model)
+    except ShapeError as error:
+        if asked:
+            key = "quantization.balance_rope"
+            raise ShapeError(f"{key}=true: {error}. Try: {key}=false") from error
+        _log.warning("RoPE pairs are not balanced: %s", error)

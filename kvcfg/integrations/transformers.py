@@ -30,6 +30,12 @@ class TransformersCache(Cache):
         self.pages = pages
         super().__init__(layers=[_PagedLayer(pages, index) for index in range(len(pages.layers))])
 
+    @property
+    def step_tokens(self) -> int | None:
+        """The most tokens, from the start of a page on, that the model may be given at a time; None = any number."""
+        closes = any(group.closes_pages for group in self.pages.params.params)
+        return self.pages.params.page_size if closes else None
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens of every sequence; 0 drops none."""
         if tokens_to_remove > 0:

@@ -137,6 +137,7 @@ def _items(plan: Plan, memory: Memory) -> list[tuple[str, int, str]]:
     return [
         ("pages", memory.pages, ", ".join(notes)),
         ("draft pages", memory.draft_pages, "the drafter's part of each page"),
+        ("open pages", memory.open_pages, f"{batch:,} × what is being filled"),
         ("windowed pages", memory.windowed, f"{batch:,} × what windows reach"),
         ("linear states", memory.states, f"{batch:,} × one state a layer"),
         ("null pages", memory.null_pages, "never read; they pad page tables"),

@@ -157,10 +157,10 @@ class Plan:
         return {
             "pages": memory.pages,
             "draft_pages": memory.draft_pages,
+            "open_pages": memory.open_pages,
             "windowed_pages": memory.windowed,
             "linear_states": memory.states,
             "null_pages": memory.null_pages,
-            "open_pages": 0,
             "page_tables": memory.page_tables,
         }
 

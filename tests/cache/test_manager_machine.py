@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from kvcfg.cache.closing import ClosingStorage
 from kvcfg.cache.manager import KVCacheManager
 from kvcfg.cache.replica import CacheOptions
 from kvcfg.cache.step import first_seen
@@ -31,6 +32,7 @@ MANY = settings(
     max_examples=15,
     stateful_step_count=30,
     deadline=None,
+    phases=[Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TRUNKS = ([0] * 20, [0, 1] * 10)
@@ -45,7 +47,8 @@ prompts = st.builds(
 def recipe_of(name: str) -> Recipe:
     element = FORMATS[name]
     granularity = "token_head" if element.scaled else "none"
-    return Recipe(element, element, granularity, "dynamic" if element.scaled else "unit", DType.float32)
+    scale_dtype = DType.float16 if element.is_packed else DType.float32
+    return Recipe(element, element, granularity, "dynamic" if element.scaled else "unit", scale_dtype)
 
 
 def group_of(recipe: Recipe, **changes: object) -> KVCacheParams:
@@ -104,11 +107,23 @@ def machine(
             keys, values = torch.stack(pairs, dim=1) if pairs else torch.zeros((2, 0, HEADS, WIDTH))
             return keys[:, :heads], values[:, :heads, :value]
 
-        def stored(self, row: Row, layer: int, start: int, stop: int) -> torch.Tensor:
-            """What reading them back must give, keys and values joined."""
+        def stored(self, row: Row, layer: int, start: int, stop: int, query: int) -> torch.Tensor:
+            """What a query at a position must read, keys and values joined."""
             storage = self.manager.replicas[0].storages[layer // 2]
-            assert storage is not None
-            return torch.cat(storage.decode(storage.encode(*self.numbers(row, layer, start, stop)), torch.float32), -1)
+            if not isinstance(storage, ClosingStorage):
+                assert storage is not None
+                states = storage.decode(storage.encode(*self.numbers(row, layer, start, stop)), torch.float32)
+                return torch.cat(states, -1)
+            opened = storage.opened
+            states = opened.decode(opened.encode(*self.numbers(row, layer, start, stop)), torch.float32)
+            closed = max(query - num_drafts, row.firm) // SIZE
+            if not closed:
+                return torch.cat(states, -1)
+            pages = [item[: closed * SIZE].unflatten(0, (closed, SIZE)) for item in states]
+            whole = storage.decode(storage.encode(*pages), torch.float32)
+            return torch.cat(
+                [torch.cat((old, new[closed * SIZE :])) for old, new in zip(whole, states, strict=True)], -1
+            )
 
         @rule(ids=prompts, salt=st.sampled_from([b"", b"", b"other"]), replica=st.integers(0, replicas))
         def claim(self, ids: list[int], salt: bytes, replica: int) -> None:
@@ -127,8 +142,9 @@ def machine(
             for name in chosen:
                 row = self.rows[name]
                 left = len(row.ids) - row.length
-                fresh = [] if left else [data.draw(st.integers(0, 1)) for _ in range(1 + num_drafts)]
-                count = min(left, chunk) or len(fresh)
+                limit = self.manager.step_limit(name) or MAX_LEN
+                fresh = [] if left else [data.draw(st.integers(0, 1)) for _ in range(min(1 + num_drafts, limit))]
+                count = min(left, chunk, limit) or len(fresh)
                 if row.length + count > MAX_LEN:
                     continue
                 self.manager.extend(name, fresh)
@@ -166,7 +182,7 @@ def machine(
                 seen = self.manager.append(step, layer, keys, values)
                 first = [first_seen(params.params[layer // 2], row.length) for row, _ in rows]
                 wanted = [
-                    self.stored(row, layer, start, row.length + count)
+                    self.stored(row, layer, start, row.length + count, row.length)
                     for start, (row, count) in zip(first, rows, strict=True)
                 ]
                 assert torch.equal(torch.cat([seen.keys, seen.values], -1), torch.cat(wanted))
@@ -217,7 +233,7 @@ def machine(
             for name, row in self.rows.items():
                 for layer in range(self.manager.num_layers):
                     start = first_seen(params.params[layer // 2], row.length)
-                    wanted = self.stored(row, layer, start, row.length)
+                    wanted = self.stored(row, layer, start, row.length, row.length)
                     assert torch.equal(torch.cat(self.manager.view(name, layer), -1), wanted)
 
         def teardown(self) -> None:
@@ -230,6 +246,7 @@ def machine(
 
 
 PLAIN = recipe_of("float32")
+CHANNELS = replace(recipe_of("uint4"), key_granularity="channel", transform="hadamard")
 DRAFTS = {"speculative_method": "mtp", "num_draft_tokens": 2}
 
 
@@ -243,6 +260,10 @@ LAYOUTS: dict[str, Callable[[], list[KVCacheParams]]] = {
     "window first": lambda: [group_of(PLAIN, kind="sliding_window", window=3), group_of(PLAIN)],
     "chunks": lambda: [group_of(PLAIN, kind="chunked", window=5), group_of(PLAIN)],
     "windows alone": lambda: [group_of(PLAIN, kind="sliding_window", window=w) for w in (1, 7)],
+    "channels": lambda: [group_of(CHANNELS)],
+    "closing beside a window": lambda: [group_of(CHANNELS), group_of(PLAIN, kind="sliding_window", window=4)],
+    "closing beside plain": lambda: [group_of(PLAIN), group_of(recipe_of("gauss3"))],
+    "closing latents": lambda: [group_of(recipe_of("int4"), kind="mla", num_q_heads=4)],
     "latents": lambda: [group_of(recipe_of("int8"), kind="mla", num_q_heads=4)],
 }
 
@@ -252,18 +273,20 @@ def test_every_layer_group_reads_what_it_can_see(layout: str) -> None:
     run_state_machine_as_test(machine(LAYOUTS[layout](), CacheOptions()), settings=MANY)
 
 
+@pytest.mark.parametrize("name", ["float32", "int8"])
 @pytest.mark.parametrize("window", [None, 4])
-def test_rejected_drafts_leave_no_trace(window: int | None) -> None:
-    groups = [group_of(PLAIN, **DRAFTS)]
+def test_rejected_drafts_leave_no_trace(window: int | None, name: str) -> None:
+    groups = [group_of(recipe_of(name), **DRAFTS)]
     if window:
         groups.append(group_of(PLAIN, kind="sliding_window", window=window, **DRAFTS))
     run_state_machine_as_test(machine(groups, CacheOptions(), num_drafts=2), settings=MANY)
 
 
+@pytest.mark.parametrize("name", ["int8", "gauss4"])
 @pytest.mark.parametrize("copies", [True, False])
-def test_replicas_read_what_was_copied_between_them(copies: bool) -> None:
+def test_replicas_read_what_was_copied_between_them(copies: bool, name: str) -> None:
     devices = [DeviceRef.CPU(index) for index in range(4)]
-    groups = [group_of(recipe_of("int8"), devices=devices, data_parallel_degree=2)]
+    groups = [group_of(recipe_of(name), devices=devices, data_parallel_degree=2)]
     options = CacheOptions(enable_dp_cross_replica_prefix_copy=copies)
     run_state_machine_as_test(machine(groups, options, replicas=2), settings=MANY)
 

@@ -43,6 +43,11 @@ def test_recipes_of_one_format_are_kept_apart() -> None:
     assert len({of(int8), of(int8, *block), of(int8, "quantization.scale_dtype=bfloat16")}) == 3
 
 
+def test_balanced_and_other_keys_are_kept_apart() -> None:
+    int8, key = "cache.kv_cache_format=int8", "quantization.balance_rope"
+    assert of(int8) == of(int8, f"{key}=true") != of(int8, f"{key}=false")
+
+
 def test_adapters_and_calibrations_are_kept_apart() -> None:
     assert len({of(), of(adapter="lora-a"), of(adapter="lora-b"), of(calibration="lora-a")}) == 4
 

@@ -9,7 +9,7 @@ from kvcfg.cache.storage import PagedStorage
 from kvcfg.dtypes import DeviceRef, DType
 from kvcfg.errors import ShapeError
 from kvcfg.formats import FORMATS, Recipe
-from kvcfg.formats.codec import TokenCodec
+from kvcfg.formats.codec import Codec
 from kvcfg.params import KVCacheParams
 
 CPU = torch.device("cpu")
@@ -17,6 +17,7 @@ RECIPES = {
     **{
         name: Recipe(item, item, "token_head" if item.scaled else "none", "dynamic", DType.float32)
         for name, item in FORMATS.items()
+        if not item.is_packed
     },
     "int8 in blocks": Recipe(FORMATS["int8"], FORMATS["int8"], "block", "dynamic", DType.bfloat16, 8),
     "int8 keys, bfloat16 values": Recipe(FORMATS["int8"], FORMATS["bfloat16"], "token_head", "dynamic", DType.float16),
@@ -48,8 +49,8 @@ def tokens_of(num_tokens: int, n_heads: int = 2, k_dim: int = 16, v_dim: int = 1
 
 
 def as_stored(recipe: Recipe, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    key_codec = TokenCodec(recipe.key_format, recipe, keys.shape[1], keys.shape[2])
-    value_codec = TokenCodec(recipe.value_format, recipe, values.shape[1], values.shape[2])
+    key_codec = Codec(recipe.keys, keys.shape[1], keys.shape[2])
+    value_codec = Codec(recipe.values, values.shape[1], values.shape[2])
     return (
         key_codec.decode(key_codec.encode(keys), torch.float32),
         value_codec.decode(value_codec.encode(values), torch.float32),

@@ -13,6 +13,7 @@ DRAFTS = "speculative.draft_layer_groups"
 LAYER = "kind:full,num_layers:1,head_dim:64"
 UNCOPIED = ("model=llama-3.1-8b", "devices.count=8", "devices.allow_kv_head_replication=false")
 BLOCKS = ("cache=int8", "quantization.granularity=block", "quantization.quantization_granularity=32")
+BALANCE = "quantization.balance_rope=true"
 LINEAR = "{kind:linear,num_layers:2,head_dim:64,state_bytes:4096}"
 
 REFUSED = [
@@ -28,6 +29,26 @@ REFUSED = [
         ["cache=int8", "quantization.granularity=head", "quantization.scale_source=dynamic"],
         "quantization.scale_source",
         "quantization.scale_source=unit",
+    ),
+    (
+        ["cache=int8", "quantization.granularity=channel", "quantization.scale_source=unit"],
+        "quantization.scale_source",
+        "quantization.scale_source=dynamic",
+    ),
+    (
+        ["cache.kv_cache_format=gauss4", "quantization.granularity=tensor"],
+        "quantization.granularity",
+        "quantization.granularity=token_head",
+    ),
+    (
+        ["cache.kv_cache_format=uint4", "quantization.scale_dtype=float8_e8m0fnu"],
+        "quantization.scale_dtype",
+        "quantization.scale_dtype=null",
+    ),
+    (
+        ["quantization.value_format=int4", "model.layer_groups=[{kind:full,num_layers:30,n_kv_heads:3,head_dim:20}]"],
+        "quantization.value_format",
+        "quantization.value_format=int8",
     ),
     (
         ["cache=int8", "quantization.granularity=block"],
@@ -49,6 +70,7 @@ REFUSED = [
         "quantization.value_format",
         "quantization.value_format=null",
     ),
+    (["model=deepseek-v3", BALANCE], "quantization.balance_rope", "quantization.balance_rope=null"),
     (["devices.count=2"], "devices.count", "devices.count=1"),
     (["devices=h100x8"], "devices.count", "devices.count=3"),
     (["model=llama-3.1-8b", "devices.count=64"], "devices.count", "devices.count=32"),
@@ -94,12 +116,15 @@ ALLOWED = [
     ["quantization=int8", "cache.kv_cache_format=INT8"],
     ["quantization.key_format=int8", "quantization.value_format=bfloat16"],
     ["cache=int8", "quantization.granularity=block", "quantization.quantization_granularity=32"],
+    ["cache.kv_cache_format=uint4", "quantization.granularity=channel", "quantization.scale_dtype=float16"],
+    ["cache.kv_cache_format=float4_e2m1fn", *BLOCKS[1:], "quantization.scale_dtype=float8_e4m3fn"],
     ["devices.count=3"],
     ["devices.count=9"],
     ["model=llama-3.1-8b", "devices.count=16"],
     ["model=llama-3.1-8b", "devices=h100x8_dp2tp4"],
     ["model=deepseek-v3", "devices=h100x8"],
     ["workload.max_seq_len=8192"],
+    ["model=qwen3-next-80b-a3b", "devices=h100x8", BALANCE],
     ["model=llama-3.1-8b", "devices.count=8", "speculative=eagle", f"{DRAFTS}=[{{{LAYER},n_kv_heads:2}}]"],
     ["model=deepseek-v3", "devices=h200x8", "speculative=mtp"],
 ]

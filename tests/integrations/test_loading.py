@@ -23,7 +23,7 @@ def model_of(name: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen2Config"])
+@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])
 @torch.no_grad()
 def test_outlier_twin_computes_the_same_with_larger_keys(name: str) -> None:
     model = model_of(name)
@@ -39,9 +39,9 @@ def test_outlier_twin_computes_the_same_with_larger_keys(name: str) -> None:
     torch.testing.assert_close(twin_keys[..., [0, 1, 2, 4, 5, 6]], keys[..., [0, 1, 2, 4, 5, 6]], rtol=1e-4, atol=1e-6)
 
 
-def test_models_with_norms_after_the_projections_have_no_such_twin() -> None:
-    with pytest.raises(ShapeError, match="outlier_scale"):
-        scale_rope_pair(model_of("Qwen3Config"), 16.0)
+def test_models_whose_rotation_is_not_known_have_no_such_twin() -> None:
+    with pytest.raises(ShapeError, match=r"outlier_scale=16: .*gpt2 models rotate.*Try: model\.outlier_scale=1"):
+        scale_rope_pair(model_of("GPT2Config"), 16.0)
 
 
 def test_model_without_weights_says_how_to_name_some() -> None:

@@ -77,8 +77,9 @@ RULES = (
         "kv_cache_format", lambda d: str(d.ours).lower() in ("float4_e2m1fn", "float4_e2m1")))),
     Rule("3", "a format must be in the table", refused(
         "kv_cache_format", lambda d: text(d.ours).lower() not in FORMATS)),
-    Rule("3", "the table has float16 and int8", accepted(
-        "Unrecognized kv_cache_format", lambda d: d.inputs["kv_cache_format"].lower() in ("float16", "int8"))),
+    Rule("3", "the table has float16, int8 and 4-bit floats", accepted(
+        "Unrecognized kv_cache_format",
+        lambda d: d.inputs["kv_cache_format"].lower() in ("float16", "int8", "float4_e2m1fn"))),
     Rule("3", "an empty encoding names nothing", new(refused("quantization_encoding", lambda d: d.ours == ""))),
     Rule("26.7-only-field", "an encoding is read where no format is given, and 26.7 knows more", old(accepted(
         "literal_error quantization_encoding",
