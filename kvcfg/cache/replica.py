@@ -21,7 +21,7 @@ from kvcfg.cache.prefix import PageHasher
 from kvcfg.cache.states import StateStorage
 from kvcfg.cache.step import GroupStep, Step, growing_step, windowed_step
 from kvcfg.cache.storage import PagedStorage
-from kvcfg.errors import BackendUnavailable, CapacityError
+from kvcfg.errors import CapacityError
 from kvcfg.params import KVCacheParams, MultiKVCacheParams, table_columns
 from kvcfg.sizing import max_lengths
 from kvcfg.units import ceil_div
@@ -70,11 +70,6 @@ class CacheReplica:
         devices: Sequence[torch.device],
         options: CacheOptions,
     ) -> None:
-        if params.num_draft_tokens and any(group.closes_pages for group in params.params):
-            raise BackendUnavailable(
-                "formats whose pages close cannot take drafts back yet. Try: speculative=none or "
-                "cache.kv_cache_format=int8"
-            )
         self.params, self.devices = params, tuple(devices)
         self.num_pages, self.max_batch_size, self.max_seq_len = num_pages, max_batch_size, max_seq_len
         pages = [
