@@ -41,6 +41,11 @@ class ClosingStorage(PagedStorage):
         """Bytes of closed and open pages on all shards, null pages included."""
         return super().nbytes + self.opened.nbytes
 
+    @property
+    def newest(self) -> PagedStorage:
+        """Open pages: a closed one is made of them."""
+        return self.opened
+
     def past(self, layer: int, step: GroupStep, dtype: torch.dtype) -> list[Part]:
         """What a step's queries see of the tokens before it: closed pages, then open ones."""
         step = _closing(step)
@@ -56,12 +61,6 @@ class ClosingStorage(PagedStorage):
         kept = encoded if step.stored is None else [tokens.at(step.stored) for tokens in encoded]
         self.opened.store(layer, kept, step.slots)
         return encoded
-
-    def append(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[Part]:
-        """Store a step's tokens; what its first queries see: closed pages, open ones, and the step's own tokens."""
-        past = self.past(layer, step, keys.dtype)
-        encoded = self.write(layer, step, keys, values)
-        return [*past, Part(self.opened.decode(encoded, keys.dtype), step.fresh)]
 
     def begin(self, row: int, num_closed: int) -> None:
         """A row belongs to a sequence of which so many pages are closed already, found or copied."""

@@ -114,11 +114,23 @@ def closing_step(
     )
 
 
+def segment_from(position: int, closed: int, page_size: int, horizon: int) -> Segment:
+    """The longest run of queries from a position on that read the same pages closed.
+
+    Args:
+        position: of the first query.
+        closed: pages that are closed in any case.
+        page_size: tokens in a page.
+        horizon: tokens that may be taken back.
+    """
+    pages = max(closed, (position - horizon) // page_size)
+    return Segment(position, (pages + 1) * page_size + horizon, pages * page_size)
+
+
 def _segments(start: int, count: int, closed: int, page_size: int, horizon: int) -> tuple[Segment, ...]:
     segments, position, stop = list[Segment](), start, start + count
     while position < stop:
-        pages = max(closed, (position - horizon) // page_size)
-        end = min(stop, (pages + 1) * page_size + horizon)
-        segments.append(Segment(position, end, pages * page_size))
-        position = end
+        segment = segment_from(position, closed, page_size, horizon)
+        segments.append(segment._replace(stop=min(stop, segment.stop)))
+        position = segment.stop
     return tuple(segments)

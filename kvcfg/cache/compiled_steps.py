@@ -275,6 +275,10 @@ class CompiledSteps:
         names = string_at(self._do.names(address), end * width) if end else b""
         return tuple([names[place : place + width] for place in range(first * width, end * width, width)])
 
+    def num_closed(self, seq_id: SeqId) -> int:
+        """How many pages are closed."""
+        return int(RowHead.from_address(self._row(seq_id)).closed)
+
     def closed_pages(self, seq_id: SeqId) -> Held:
         """Pages that are closed."""
         row = self._row(seq_id)

@@ -25,7 +25,6 @@ from kvcfg.cache.compiled_steps import compiled_steps
 from kvcfg.cache.engine import Held, LedgerEngine
 from kvcfg.cache.metrics import LedgerCounters, LedgerMetrics
 from kvcfg.cache.pages import (
-    GROWING,
     PAGELESS,
     Allocation,
     Commit,
@@ -38,6 +37,7 @@ from kvcfg.cache.pages import (
     SeqId,
 )
 from kvcfg.cache.prefix import PageHasher, token_ids
+from kvcfg.cache.refusal import not_pinned, pin_in_use
 from kvcfg.cache.steps import LedgerSteps
 from kvcfg.cache.tracks import PageTracks
 from kvcfg.errors import ConfigError, Problem
@@ -125,7 +125,6 @@ class PageLedger:
             )
             engine = LedgerSteps(tracks, names_pages, num_draft_tokens, bytes_for_pages, clock)
         self._engine = engine
-        self._grows = any(group.kind in GROWING for group in self.groups)
         self._pins: dict[Hashable, Held] = {}
         self._lock = Lock()
 
@@ -319,7 +318,7 @@ class PageLedger:
         """
         with self._lock:
             if name not in self._pins:
-                raise ValueError(f"nothing is pinned as {name!r}")
+                raise not_pinned(name)
             self._engine.drop(self._pins.pop(name))
 
     def reset_prefix_cache(self) -> int:
@@ -346,10 +345,9 @@ class PageLedger:
             return self._engine.room(seq_id)
 
     def num_closed(self, seq_id: SeqId) -> int:
-        """Pages of a sequence, from its start, that are closed; 0 where nothing grows."""
+        """Pages of a sequence, from its start, that are closed."""
         with self._lock:
-            closed = self._engine.closed_pages(seq_id)
-            return len(closed[0]) if self._grows else 0
+            return self._engine.num_closed(seq_id)
 
     def num_cached(self, page_names: Sequence[Hashable]) -> int:
         """How many of these names, from the first on, every growing group has a page for."""
@@ -392,7 +390,7 @@ class PageLedger:
 
     def _check_pin(self, name: Hashable) -> None:
         if name in self._pins:
-            raise ValueError(f"pin {name!r} is in use; unpin it first")
+            raise pin_in_use(name)
 
     def _hold(self, name: Hashable, held: Held) -> Held:
         self._engine.hold(held)

@@ -24,6 +24,7 @@ from kvcfg.cache.ledger import LedgerMetrics
 from kvcfg.cache.packed import Packed, joined
 from kvcfg.cache.pages import Allocation, Commit, SeqId
 from kvcfg.cache.prefix import token_ids
+from kvcfg.cache.refusal import in_use, not_pinned, pin_in_use, unclaimed
 from kvcfg.cache.replica import CacheOptions, CacheReplica
 from kvcfg.cache.replicas import borrow, settle
 from kvcfg.cache.step import GroupStep, Step
@@ -126,7 +127,7 @@ class KVCacheManager:
         """
         with self._lock:
             if seq_id in self._homes:
-                raise ValueError(f"sequence {seq_id!r} is claimed already; release it first")
+                raise in_use(seq_id)
             if replica is not None and not 0 <= replica < len(self.replicas):
                 raise ValueError(f"replica must be from 0 to {len(self.replicas) - 1}, got {replica}")
             ids = None if tokens is None else token_ids(tokens)
@@ -231,7 +232,7 @@ class KVCacheManager:
         with self._lock:
             home = self._home(parent)
             if child in self._homes:
-                raise ValueError(f"sequence {child!r} is claimed already; release it first")
+                raise in_use(child)
             home.fork(parent, child)
             self._homes[child] = home
 
@@ -353,7 +354,7 @@ class KVCacheManager:
         """
         with self._lock:
             if name in self._pins:
-                raise ValueError(f"pin {name!r} is in use; unpin it first")
+                raise pin_in_use(name)
             home = self._home(seq_id)
             held = home.ledger.pin(name, seq_id)
             self._pins[name] = home
@@ -367,7 +368,7 @@ class KVCacheManager:
         """
         with self._lock:
             if name not in self._pins:
-                raise ValueError(f"nothing is pinned as {name!r}")
+                raise not_pinned(name)
             self._pins.pop(name).ledger.unpin(name)
 
     def reset_prefix_cache(self) -> int:
@@ -402,7 +403,7 @@ class KVCacheManager:
     def _home(self, seq_id: SeqId) -> CacheReplica:
         home = self._homes.get(seq_id)
         if home is None:
-            raise ValueError(f"sequence {seq_id!r} is not claimed")
+            raise unclaimed(seq_id)
         return home
 
     def _common_home(self, seq_ids: Sequence[SeqId]) -> CacheReplica:

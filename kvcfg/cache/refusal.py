@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from kvcfg.cache.pages import SeqId
@@ -72,6 +72,16 @@ def unclaimed(seq_id: SeqId) -> ValueError:
 def in_use(seq_id: SeqId) -> ValueError:
     """A name that another sequence has."""
     return ValueError(f"sequence {seq_id!r} is claimed already; release it first")
+
+
+def pin_in_use(name: Hashable) -> ValueError:
+    """A name that other pinned pages have."""
+    return ValueError(f"pin {name!r} is in use; unpin it first")
+
+
+def not_pinned(name: Hashable) -> ValueError:
+    """A name under which nothing is pinned."""
+    return ValueError(f"nothing is pinned as {name!r}")
 
 
 def without_ids(seq_id: SeqId) -> ValueError:

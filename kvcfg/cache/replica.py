@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcfg.cache.closing import ClosingStorage
-from kvcfg.cache.closing_step import closing_step
+from kvcfg.cache.closing_step import closing_step, segment_from
 from kvcfg.cache.ledger import PageGroup, PageLedger
 from kvcfg.cache.page_tables import PageTables
 from kvcfg.cache.pages import Allocation, Commit, PageCopy, PageRun, PageTable, SeqId
@@ -201,9 +201,8 @@ class CacheReplica:
         """The most tokens of a sequence whose queries read the same bytes; None = any number. See `closing_step`."""
         if not self._closing:
             return None
-        size, horizon, length = self.params.page_size, self.params.num_draft_tokens, self.ledger.length(seq_id)
-        pages = max(self.ledger.num_closed(seq_id), (length - horizon) // size)
-        return (pages + 1) * size + horizon - length
+        start, closed = self.ledger.length(seq_id), self.ledger.num_closed(seq_id)
+        return segment_from(start, closed, self.params.page_size, self.params.num_draft_tokens).stop - start
 
     def lay_out(
         self,

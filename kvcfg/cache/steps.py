@@ -203,6 +203,10 @@ class LedgerSteps:
         state = self._state(seq_id)
         return tuple(self._wanted(state, state.length + num_new_tokens)[state.length // self.page_size :])
 
+    def num_closed(self, seq_id: SeqId) -> int:
+        """How many pages are closed."""
+        return self._state(seq_id).closed
+
     def closed_pages(self, seq_id: SeqId) -> Held:
         """Pages that are closed, of each pool."""
         state = self._state(seq_id)

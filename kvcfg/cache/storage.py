@@ -106,6 +106,11 @@ class PagedStorage:
         for shard, tokens in zip(self.shards, encoded, strict=True):
             shard.store(layer, tokens, slots)
 
+    @property
+    def newest(self) -> PagedStorage:
+        """What holds tokens as they come."""
+        return self
+
     def append(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[Part]:
         """Store a step's tokens; what its queries see, the past first, as stored, in the dtype of `keys`.
 
@@ -117,7 +122,7 @@ class PagedStorage:
         """
         past = self.past(layer, step, keys.dtype)
         encoded = self.write(layer, step, keys, values)
-        return [*past, Part(self.decode(encoded, keys.dtype), step.fresh)]
+        return [*past, Part(self.newest.decode(encoded, keys.dtype), step.fresh)]
 
     def write(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
         """Store a step's tokens; returns all of them as they are stored."""

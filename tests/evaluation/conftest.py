@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+import kvcfg
+from kvcfg.evaluation.replay import Replay
 from kvcfg.evaluation.traces import Trace
 
 Lines = list[dict[str, Any]]
+Sweep = Callable[..., list[tuple[tuple[str, ...], Replay]]]
 
 
 def conversations(seed: int, requests: int = 150, block: int = 512) -> Lines:
@@ -50,3 +53,17 @@ def trace_of(tmp_path: Path) -> Callable[..., Trace]:
         return Trace.read(path, block_size)
 
     return read
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, talks: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """Replays every point of a grid."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trace.jsonl").write_text("\n".join(json.dumps(line) for line in talks(1)))
+    base = ["model=llama-3.1-8b", "devices=h100", "workload.trace=trace.jsonl"]
+
+    def run(*overrides: str, **settings: Any) -> list[tuple[tuple[str, ...], Replay]]:
+        points = [(point.overrides, point.experiment) for point in kvcfg.grid([*base, *overrides])]
+        return [(given, kvcfg.replay_trace(made, **settings)) for given, made in points if made]
+
+    return run

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,6 @@ from kvcfg.evaluation import replay_plot
 from kvcfg.evaluation.replay_plot import check_plot, draw_replays
 
 Points = list[Any]
-
-
-@pytest.fixture
-def sweep(tmp_path: Path, talks: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Replays every point of a grid."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "trace.jsonl").write_text("\n".join(json.dumps(line) for line in talks(1)))
-    base = ["model=llama-3.1-8b", "devices=h100", "workload.trace=trace.jsonl"]
-
-    def run(*overrides: str, **settings: Any) -> Points:
-        points = [(point.overrides, point.experiment) for point in kvcfg.grid([*base, *overrides])]
-        return [(given, kvcfg.replay_trace(made, **settings)) for given, made in points if made]
-
-    return run
 
 
 def texts_of(svg: Path) -> list[str]:

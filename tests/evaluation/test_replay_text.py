@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-import kvcfg
 from kvcfg.evaluation.replay import Replay
 from kvcfg.evaluation.replay_text import point_labels, replay_table
 
 Points = list[tuple[tuple[str, ...], Replay]]
 Sweep = Callable[..., Points]
-
-
-@pytest.fixture
-def sweep(tmp_path: Path, talks: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> Sweep:
-    """Replays every point of a grid."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "trace.jsonl").write_text("\n".join(json.dumps(line) for line in talks(1)))
-    base = ["model=llama-3.1-8b", "devices=h100", "workload.trace=trace.jsonl"]
-
-    def run(*overrides: str, **settings: Any) -> Points:
-        points = [(point.overrides, point.experiment) for point in kvcfg.grid([*base, *overrides])]
-        return [(given, kvcfg.replay_trace(made, **settings)) for given, made in points if made]
-
-    return run
 
 
 def test_one_replay_is_a_line_a_capacity(sweep: Sweep) -> None:
