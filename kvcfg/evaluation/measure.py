@@ -122,7 +122,8 @@ def _numbers_per_token(params: MultiKVCacheParams) -> list[int]:
 
 
 def _bits_per_element(params: MultiKVCacheParams) -> float:
-    bits = [8 * group.storage.page_bytes(1, 1, group.head_dim, group.value_dim) for group in params.params]
+    size = params.page_size
+    bits = [8 * group.storage.page_bytes(size, 1, group.head_dim, group.value_dim) / size for group in params.params]
     widths = [group.head_dim + group.value_dim for group in params.params]
     numbers = _numbers_per_token(params)
     return sum(n * b / w for n, b, w in zip(numbers, bits, widths, strict=True)) / sum(numbers)

@@ -69,11 +69,9 @@ class Scales:
     def choose(self, groups: Tensor, axis: int) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros of groups of float32 numbers that lie along `axis`, which is kept with one entry.
 
-        They are as stored but still float32. A NaN makes those of its group NaN.
+        They are as stored but still float32. A NaN makes those of its group NaN. Of asymmetric formats the difference
+        of any two numbers must be finite.
         """
-        if self._asymmetric:
-            # So that the difference of any two is finite.
-            groups = groups.clamp(-_FLOAT32_MAX / 4, _FLOAT32_MAX / 4)
         low, high = self._range(groups, axis)
         scale, zero = self._stored(low, high)
         if self._codebook is not None and self._narrower:
