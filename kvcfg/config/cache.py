@@ -102,8 +102,8 @@ class KVCacheConfig(ConfigFile):
     """Share of the free device memory that weights, activations and cache may take together."""
 
     kv_cache_format: str | None = None
-    """Element format of stored keys and values: float32, float16, bfloat16, float8_e4m3fn or int8.
-    null = the recipe's, else the model's dtype."""
+    """Element format of stored keys and values: float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8,
+    int6 to int2, uint6 to uint2, gauss6 to gauss2 or float4_e2m1fn. null = the recipe's, else the model's dtype."""
 
     kv_cache_memory_bytes: ByteCount | None = Field(None, gt=0)
     """Memory for the cache per device, in bytes or with a unit (8GiB); wins over device_memory_utilization.

@@ -21,19 +21,19 @@ class QuantizationConfig(Config):
     """How numbers become stored elements. All null means the defaults of the format."""
 
     granularity: Granularity | None = None
-    """Which numbers share a scale: none, tensor, head, token_head or block. null = token_head for formats
-    that need scales (int8, fp8), none for the others."""
+    """Which numbers share a scale: none, tensor, head, token_head, block, or channel (one scale for a channel of all
+    tokens of a page). null = token_head for formats of 8 bits and less, none for the others."""
 
     quantization_granularity: int | None = Field(None, gt=0)
     """Numbers along head_dim that share one scale; needs granularity=block and must divide head_dim."""
 
     scale_dtype: ScaleDType | None = None
-    """What one stored scale is: float32, bfloat16, float16 or float8_e8m0fnu (powers of two).
+    """What one stored scale is: float32, bfloat16, float16, float8_e4m3fn or float8_e8m0fnu (powers of two).
     null = float32."""
 
     scale_source: ScaleSource | None = None
     """Where scales come from: dynamic (from the numbers, as they are written) or unit (always 1, no bytes).
-    null = dynamic per token_head and block, unit per tensor and head."""
+    null = dynamic per token_head, block and channel, unit per tensor and head."""
 
     key_format: FormatName | None = None
     """Element format of keys. null = cache.kv_cache_format."""
