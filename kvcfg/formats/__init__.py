@@ -9,8 +9,8 @@ On the way back always
 
     granularity   numbers that share one scale                            scales of a page, per head
     none          no scale: the format holds the numbers as they are      0
-    tensor        all of them; the scale is 1, so none is stored          0
-    head          all of a head; the scale is 1, so none is stored        0
+    tensor        all of them; the scale is 1 or calibrated, not stored   0
+    head          all of a head; likewise                                 0
     token_head    the head_dim numbers of one token in one head           page_size
     block         `block_size` of those numbers                           page_size * head_dim / block_size
     channel       one number of each of `block_size` tokens (null: of     head_dim * page_size / block_size
@@ -23,6 +23,18 @@ On the way back always
     uint6 … uint2       whole numbers, 0 to 63 … 0 to 3, above a stored zero     6 … 2
     gauss6 … gauss2     the 64 … 4 levels that suit a normal distribution best   6 … 2
     float4_e2m1fn       0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives           4
+
+What is stored need not be the numbers themselves, but what a transform makes of them:
+
+    transform   keys                                                      values
+    none        as they are                                               as they are
+    hadamard    turned by a Hadamard matrix: outliers spread over a head  the same
+    centred     less the mean of their page, which is stored, and turned  turned
+    balanced    the same, by a calibrated matrix instead                  turned by a Hadamard matrix
+
+The first tokens of a sequence draw most attention, and have keys unlike all others. Where a transform is centred,
+the first `sink_tokens` keys of every page are left out of its mean and kept in int8: of every page, so that pages
+can be shared and moved whatever sequence they came from.
 
 NVFP4 is a recipe of float4_e2m1fn: blocks of 16 with float8_e4m3fn scales (without the second scale per tensor
 that hardware adds, which keys and values do not need: their block scales fit e4m3). mxfp4 is another: blocks of
@@ -43,9 +55,9 @@ from kvcfg.errors import ConfigError, Problem, nearest, one_of
 from kvcfg.units import ceil_div
 
 Granularity = Literal["none", "tensor", "head", "token_head", "block", "channel"]
-ScaleSource = Literal["unit", "dynamic"]
+ScaleSource = Literal["unit", "static", "dynamic"]
 ScaleDType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu"]
-Transform = Literal["none", "hadamard"]
+Transform = Literal["none", "hadamard", "centred", "balanced"]
 
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 SCALE_DTYPES: tuple[ScaleDType, ...] = get_args(ScaleDType)
@@ -53,6 +65,9 @@ TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 
 STORED_SCALES: tuple[Granularity, ...] = ("token_head", "block", "channel")
 """Granularities whose scales are computed from the numbers and stored beside them."""
+
+CENTRED: tuple[Transform, ...] = ("centred", "balanced")
+"""Transforms that take the mean of a page from its keys."""
 
 PACKED_MULTIPLE = 8
 """What head_dim must be a multiple of for elements below 8 bits, so that every token fills whole bytes."""
@@ -113,7 +128,8 @@ class SideRecipe:
         granularity: which numbers share a scale (the table at the top of this file).
         block_size: numbers along head_dim (`block`) or tokens (`channel`) that share one scale.
         scale_dtype: what one stored scale is, and a stored zero.
-        transform: what is done to the head_dim numbers of one token in one head before they are stored.
+        transform: what is done to the numbers before they are stored (the table at the top of this file).
+        sink_tokens: first tokens of a page that are kept in int8; only where `transform` is centred or balanced.
     """
 
     element_format: Format
@@ -121,6 +137,7 @@ class SideRecipe:
     block_size: int | None
     scale_dtype: DType
     transform: Transform = "none"
+    sink_tokens: int = 0
 
     @property
     def is_scaled(self) -> bool:
@@ -128,19 +145,29 @@ class SideRecipe:
         return self.element_format.scaled and self.granularity in STORED_SCALES
 
     @property
-    def spans_tokens(self) -> bool:
-        """Whether tokens share scales, so that they can only be stored together."""
+    def shares_scales(self) -> bool:
+        """Whether tokens share scales."""
         return self.is_scaled and self.granularity == "channel"
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether the mean of a page is stored beside its tokens."""
+        return self.transform in CENTRED
+
+    @property
+    def spans_tokens(self) -> bool:
+        """Whether tokens share something, so that they can only be stored together."""
+        return self.shares_scales or self.is_centred
 
     def scales_per_token(self, dim: int) -> int:
         """Scales that belong to one token in one head of width `dim`; 0 where tokens share them."""
-        if not self.is_scaled or self.spans_tokens or dim == 0:
+        if not self.is_scaled or self.shares_scales or dim == 0:
             return 0
         return 1 if self.block_size is None else ceil_div(dim, self.block_size)
 
     def num_scales(self, tokens: int, n_heads: int, dim: int) -> int:
         """Scales of `tokens` tokens that are stored together; zeros are not counted."""
-        if self.spans_tokens:
+        if self.shares_scales:
             return ceil_div(tokens, self.block_size or tokens) * n_heads * dim
         return tokens * n_heads * self.scales_per_token(dim)
 
@@ -149,9 +176,13 @@ class SideRecipe:
         return self.element_format.value_bytes(tokens * n_heads * dim)
 
     def scale_bytes(self, tokens: int, n_heads: int, dim: int) -> int:
-        """Bytes of the scales, and zeros, of `tokens` tokens that are stored together."""
+        """Bytes of the scales, zeros, means and sinks of `tokens` tokens that are stored together."""
         parts = 2 if self.element_format.asymmetric else 1
-        return self.num_scales(tokens, n_heads, dim) * parts * self.scale_dtype.size_in_bytes
+        numbers = self.num_scales(tokens, n_heads, dim) * parts
+        if not self.is_centred:
+            return numbers * self.scale_dtype.size_in_bytes
+        sinks = SINK.element_bytes(self.sink_tokens, n_heads, dim) + SINK.scale_bytes(self.sink_tokens, n_heads, dim)
+        return (numbers + n_heads * dim) * self.scale_dtype.size_in_bytes + sinks
 
     def problems(self, dim: int, tokens: int | None) -> list[Problem]:
         """What stands against storing heads of width `dim` like this, `tokens` at a time (None = one by one)."""
@@ -167,12 +198,27 @@ class SideRecipe:
         if self.element_format.asymmetric and self.scale_dtype is DType.float8_e8m0fnu:
             rule = f"must have a sign for {name}, which stores zeros beside its scales"
             found.append(Problem("scale_dtype", rule, self.scale_dtype.name, "scale_dtype=float16"))
-        if self.spans_tokens and (tokens is None or tokens % (self.block_size or tokens)):
+        if self.is_centred:
+            found += self._centring_problems(tokens)
+        elif self.shares_scales and (tokens is None or tokens % (self.block_size or tokens)):
             rule = f"must divide the tokens that are stored together, which are {tokens or 1}"
             found.append(Problem("block_size", rule, self.block_size, None if tokens is None else "block_size=null"))
         if self.granularity == "block" and self.is_scaled and dim % (self.block_size or 1):
             rule = f"must divide head_dim {dim}"
             found.append(Problem("block_size", rule, self.block_size, f"block_size={gcd(dim, self.block_size or 1)}"))
+        return found
+
+    def _centring_problems(self, tokens: int | None) -> list[Problem]:
+        found = []
+        if not self.is_scaled or self.shares_scales:
+            rule = f"token_head or block for transform={self.transform}, which takes the mean of a channel away"
+            found.append(Problem("granularity", rule, self.granularity, "granularity=token_head"))
+        if tokens is None:
+            rule = "must be none or hadamard where tokens are stored one by one"
+            found.append(Problem("transform", rule, self.transform, "transform=hadamard"))
+        elif self.sink_tokens >= tokens:
+            rule = f"must be less than the {tokens} tokens of a page"
+            found.append(Problem("sink_tokens", rule, self.sink_tokens, "sink_tokens=0"))
         return found
 
     def __str__(self) -> str:
@@ -186,15 +232,16 @@ class Recipe:
     Attributes:
         key_format, value_format: element formats of keys and of values.
         granularity: which numbers share a scale (the table at the top of this file).
-        scale_source: `unit` scales are 1 and take no bytes; `dynamic` ones are computed as numbers arrive.
+        scale_source: `unit` scales are 1 and `static` ones calibrated, and neither takes bytes; `dynamic` ones are
+            computed as numbers arrive.
         scale_dtype: what one stored scale is.
         block_size: numbers along head_dim (`block`, which needs it) or tokens (`channel`; None = the whole page)
             that share a scale.
         key_granularity, key_block_size: the same for keys where they differ from values; None = they do not.
-        transform: `hadamard` turns the head_dim numbers of each token in each head by an orthonormal Hadamard
-            matrix before they are quantized, and back as they are read: outliers of a channel are spread over all.
-        open_page_format: element format of a page that is being filled, where it cannot have the recipe's own
-            (`closes`); None = int8.
+        transform: what is done to the numbers before they are stored (the table at the top of this file).
+        open_page_format: element format of a page that is being filled; None = int8 where it cannot have the
+            recipe's own (`closes`), else that.
+        sink_tokens: first keys of every page that are kept in int8; only with a centred transform.
     """
 
     key_format: Format
@@ -207,6 +254,7 @@ class Recipe:
     key_block_size: int | None = None
     transform: Transform = "none"
     open_page_format: Format | None = None
+    sink_tokens: int = 0
 
     @property
     def keys(self) -> SideRecipe:
@@ -214,12 +262,15 @@ class Recipe:
         own = self.key_granularity is not None
         block_size = self.key_block_size if own else self.block_size
         granularity = self.key_granularity or self.granularity
-        return SideRecipe(self.key_format, granularity, block_size, self.scale_dtype, self.transform)
+        return SideRecipe(
+            self.key_format, granularity, block_size, self.scale_dtype, self.transform, self.sink_tokens
+        )
 
     @property
     def values(self) -> SideRecipe:
         """How values are stored."""
-        return SideRecipe(self.value_format, self.granularity, self.block_size, self.scale_dtype, self.transform)
+        transform: Transform = "none" if self.transform == "none" else "hadamard"
+        return SideRecipe(self.value_format, self.granularity, self.block_size, self.scale_dtype, transform)
 
     @property
     def format_name(self) -> str:
@@ -235,8 +286,10 @@ class Recipe:
     def closes(self) -> bool:
         """Whether a page is stored like this only once it is full.
 
-        Tokens that share scales cannot be stored one by one, and the newest tokens lose too much below 8 bits.
+        Tokens that share something cannot be stored one by one, and the newest tokens lose too much below 8 bits.
         """
+        if self.open_page_format is not None:
+            return True
         return any(side.element_format.is_packed or side.spans_tokens for side in (self.keys, self.values))
 
     @property
@@ -247,14 +300,15 @@ class Recipe:
         element = self.open_page_format or FORMATS["int8"]
         if not element.scaled:
             return Recipe(element, element, "none", "unit", DType.float32)
-        return Recipe(element, element, "token_head", "dynamic", DType.float16)
+        transform: Transform = "none" if self.transform == "none" else "hadamard"
+        return Recipe(element, element, "token_head", "dynamic", DType.float16, transform=transform)
 
     def value_bytes(self, page_size: int, n_heads: int, k_dim: int, v_dim: int) -> int:
         """Bytes of the elements of one layer's page."""
         return self.keys.element_bytes(page_size, n_heads, k_dim) + self.values.element_bytes(page_size, n_heads, v_dim)
 
     def scale_bytes(self, page_size: int, n_heads: int, k_dim: int, v_dim: int) -> int:
-        """Bytes of the scales, and zeros, of one layer's page."""
+        """Bytes of the scales, zeros, means and sinks of one layer's page."""
         return self.keys.scale_bytes(page_size, n_heads, k_dim) + self.values.scale_bytes(page_size, n_heads, v_dim)
 
     def page_bytes(self, page_size: int, n_heads: int, k_dim: int, v_dim: int) -> int:
@@ -270,6 +324,8 @@ class Recipe:
             words.append(f"{self.scale_source} scales per {per}{kept}")
         if self.transform != "none":
             words.append(self.transform)
+        if self.sink_tokens:
+            words.append(f"{self.sink_tokens} sink{'s' * (self.sink_tokens > 1)}")
         if self.open_page_format is not None:
             words.append(f"open pages in {self.open_page_format.name}")
         return ", ".join(words)
@@ -310,6 +366,10 @@ FORMATS: dict[str, Format] = {
     item.name: item
     for item in (*_floats(), Format("int8", DType.int8, 8, 127.0, True, "kvcfg.formats.int8:Int8"), *_packed())
 }
+
+
+SINK = SideRecipe(FORMATS["int8"], "token_head", None, DType.float16, "hadamard")
+"""How the first keys of a page are kept where a transform is centred."""
 
 
 def find_format(name: str, key: str = "cache.kv_cache_format") -> Format:
