@@ -195,8 +195,9 @@ class SideRecipe:
         if self.element_format.is_packed and not self.is_scaled:
             rule = f"{one_of(STORED_SCALES)} for {name}, whose few levels need scales that follow the numbers"
             found.append(Problem("granularity", rule, self.granularity, "granularity=token_head"))
-        if self.element_format.asymmetric and self.scale_dtype is DType.float8_e8m0fnu:
-            rule = f"must have a sign for {name}, which stores zeros beside its scales"
+        if (self.element_format.asymmetric or self.is_centred) and self.scale_dtype is DType.float8_e8m0fnu:
+            what = "means" if self.is_centred else f"{name}, which stores zeros"
+            rule = f"must have a sign for {what} beside its scales"
             found.append(Problem("scale_dtype", rule, self.scale_dtype.name, "scale_dtype=float16"))
         if self.is_centred:
             found += self._centring_problems(tokens)
@@ -262,9 +263,7 @@ class Recipe:
         own = self.key_granularity is not None
         block_size = self.key_block_size if own else self.block_size
         granularity = self.key_granularity or self.granularity
-        return SideRecipe(
-            self.key_format, granularity, block_size, self.scale_dtype, self.transform, self.sink_tokens
-        )
+        return SideRecipe(self.key_format, granularity, block_size, self.scale_dtype, self.transform, self.sink_tokens)
 
     @property
     def values(self) -> SideRecipe:
