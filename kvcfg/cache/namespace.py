@@ -11,7 +11,7 @@ from pathlib import Path
 from kvcfg.cache.prefix import fingerprint
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.model import ModelConfig
-from kvcfg.config.resolution import balances_rope
+from kvcfg.config.recipes import balances_rope
 from kvcfg.group_params import KVCacheParams
 
 LAYOUT = "layers, key elements, value elements, key scales, value scales"

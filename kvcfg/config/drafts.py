@@ -49,6 +49,11 @@ def draft_layers(experiment: ExperimentConfig) -> DraftLayers:
     return DraftLayers((like.model_copy(update={"num_layers": count}),), why)
 
 
+def all_layers(experiment: ExperimentConfig) -> tuple[LayerGroup, ...]:
+    """The layers of the model, then those of its drafter."""
+    return (*experiment.model.layer_groups, *draft_layers(experiment).groups)
+
+
 def _like_the_last(model: ModelConfig) -> LayerGroup | None:
     """A layer like the model's last that keep every token, else like its last windowed ones without the window."""
     for kinds in (("full", "mla"), ("sliding_window", "chunked")):

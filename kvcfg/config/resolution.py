@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kvcfg.config.devices import DevicesConfig, detect
 from kvcfg.config.drafts import DraftLayers, draft_layers
 from kvcfg.config.model import LayerGroup
-from kvcfg.dtypes import DType
+from kvcfg.config.recipes import StoredLayers, balancing_gains, drafted_recipe, resolve_recipe, stored_layers
 from kvcfg.errors import ConfigError
-from kvcfg.formats import FORMATS, STORED_SCALES, Format, Recipe
+from kvcfg.formats import Recipe
 from kvcfg.param_checks import CacheRole
 from kvcfg.params import KVCacheParams, KVCacheQuantizationConfig, MultiKVCacheParams
 
@@ -54,14 +54,14 @@ def resolve(experiment: ExperimentConfig) -> Resolution:
     recipe = resolve_recipe(experiment)
     max_seq_len = experiment.workload.max_seq_len or experiment.model.max_seq_len
     drafts = draft_layers(experiment)
-    layers: list[tuple[CacheRole, LayerGroup]] = [
-        *(("target", group) for group in experiment.model.layer_groups if group.kind != "shared"),
-        *(("draft", group) for group in drafts.groups),
+    stored = stored_layers(experiment)
+    groups = [
+        *(_group_params(experiment, "target", *layers, devices) for layers in stored if layers.group.kind != "shared"),
+        *(_group_params(experiment, "draft", group, drafted_recipe(group, recipe), devices) for group in drafts.groups),
     ]
-    groups = [_group_params(experiment, role, group, recipe, devices) for role, group in layers]
     choices = (
         *_recipe_choices(experiment, recipe),
-        *_window_choices(experiment, recipe),
+        *_layer_choices(recipe, stored),
         *_device_choices(experiment, devices, groups),
         *_other_choices(experiment, max_seq_len),
         *_draft_choices(experiment, drafts),
@@ -69,47 +69,11 @@ def resolve(experiment: ExperimentConfig) -> Resolution:
     return Resolution(MultiKVCacheParams.from_params(*groups), devices, max_seq_len, choices)
 
 
-def resolve_recipe(experiment: ExperimentConfig) -> Recipe:
-    """The recipe that the `cache` and `quantization` groups ask for together."""
-    asked = experiment.quantization
-    default = experiment.cache.kv_cache_format or experiment.model.dtype
-    key_format = FORMATS[(asked.key_format or default).lower()]
-    value_format = FORMATS[(asked.value_format or default).lower()]
-    granularity = asked.granularity or ("token_head" if _any_scaled(key_format, value_format) else "none")
-    return Recipe(
-        key_format,
-        value_format,
-        granularity,
-        asked.scale_source or ("dynamic" if granularity in STORED_SCALES else "unit"),
-        DType[asked.scale_dtype or "float32"],
-        asked.quantization_granularity,
-    )
-
-
-def balances_rope(experiment: ExperimentConfig) -> bool:
-    """Whether RoPE pairs are balanced when the experiment's model is loaded."""
-    asked = experiment.quantization.balance_rope
-    return _balancing_gains(experiment, resolve_recipe(experiment))[0] if asked is None else asked
-
-
-def _balancing_gains(experiment: ExperimentConfig, recipe: Recipe) -> tuple[bool, str]:
-    """Whether balanced keys are stored with less loss than others, and why."""
-    if not any(group.kind in ("full", "sliding_window", "chunked") for group in experiment.model.layer_groups):
-        return False, f"{experiment.model.name} keeps no keys of single heads"
-    if recipe.key_format.bits >= 16:
-        return False, f"{recipe.key_format.name} holds every channel as it is"
-    if recipe.scale_source == "unit":
-        return False, "a scale of 1 is the same for all keys"
-    return True, "channels that share a scale lose least when none stands out"
-
-
 def _group_params(
     experiment: ExperimentConfig, role: CacheRole, group: LayerGroup, recipe: Recipe, devices: DevicesConfig
 ) -> KVCacheParams:
     cache, speculative = experiment.cache, experiment.speculative
     connector = cache.kv_connector_config
-    if group.window is not None and recipe.open_page is not None:
-        recipe = recipe.open_page
     return KVCacheParams(
         dtype=recipe.key_format.dtype,
         n_kv_heads=group.n_kv_heads,
@@ -141,21 +105,22 @@ def _group_params(
     )
 
 
-def _window_choices(experiment: ExperimentConfig, recipe: Recipe) -> list[Choice]:
-    """A window gives up a page soon after it is full, so there a page stays as it was while it was filled."""
-    if recipe.open_page is None or all(group.window is None for group in experiment.model.layer_groups):
-        return []
-    why = "a window gives its pages up soon after they are full"
-    return [Choice("format of windowed layers", recipe.format_name, recipe.open_page.format_name, why)]
+def _layer_choices(recipe: Recipe, stored: list[StoredLayers]) -> list[Choice]:
+    """Layers that are not stored as the others are, though nothing was said of them."""
+    choices = []
+    kinds = {layers.group.kind for layers in stored if layers.group.window is not None}
+    if kinds and recipe.open_page is not None:
+        why = "a window gives its pages up soon after they are full"
+        choices.append(Choice("format of windowed layers", recipe.format_name, recipe.open_page.format_name, why))
+    if recipe.transform != "none" and any(layers.group.kind == "mla" for layers in stored):
+        why = "the RoPE part of a latent must not be mixed with the rest"
+        choices.append(Choice("transform of latents", recipe.transform, "none", why))
+    return choices
 
 
 def _has_states(experiment: ExperimentConfig) -> bool:
     """Whether a layer keeps a state instead of tokens, and so cannot go on from a page of a prefix."""
     return any(group.kind == "linear" for group in experiment.model.layer_groups)
-
-
-def _any_scaled(*formats: Format) -> bool:
-    return any(item.scaled for item in formats)
 
 
 def _recipe_choices(experiment: ExperimentConfig, recipe: Recipe) -> list[Choice]:
@@ -176,9 +141,19 @@ def _recipe_choices(experiment: ExperimentConfig, recipe: Recipe) -> list[Choice
         why = "scales follow the numbers" if recipe.scale_source == "dynamic" else "nothing was calibrated"
         choices.append(Choice("quantization.scale_source", None, recipe.scale_source, why))
     if recipe.scale_source == "dynamic" and asked.scale_dtype is None:
-        choices.append(Choice("quantization.scale_dtype", None, recipe.scale_dtype.name, "the default"))
+        why = "pages stored as a whole need no more" if recipe.closes else "the default"
+        choices.append(Choice("quantization.scale_dtype", None, recipe.scale_dtype.name, why))
+    if recipe.transform != "none" and asked.transform is None:
+        why = "below 8 bits keys less the mean of their page lose least"
+        choices.append(Choice("quantization.transform", None, recipe.transform, why))
+    if recipe.sink_tokens and asked.sink_tokens is None:
+        why = "the first key of a sequence is unlike the others and is read most"
+        choices.append(Choice("quantization.sink_tokens", None, recipe.sink_tokens, why))
+    if recipe.open_page is not None and asked.open_page_format is None:
+        why = "the newest tokens are read most, and a page is stored as a whole"
+        choices.append(Choice("quantization.open_page_format", None, recipe.open_page.format_name, why))
     if asked.balance_rope is None:
-        choices.append(Choice("quantization.balance_rope", None, *_balancing_gains(experiment, recipe)))
+        choices.append(Choice("quantization.balance_rope", None, *balancing_gains(experiment.model, recipe)))
     return choices
 
 

@@ -12,7 +12,7 @@ import torch
 
 from kvcfg.config.devices import DevicesConfig, detect
 from kvcfg.config.experiment import ExperimentConfig
-from kvcfg.config.resolution import balances_rope
+from kvcfg.config.recipes import balances_rope
 from kvcfg.errors import BackendUnavailable, ShapeError
 from kvcfg.integrations.rope_balance import balance_rope_pairs
 from kvcfg.integrations.rope_layers import rope_layers

@@ -19,6 +19,7 @@ from kvcfg.cache.building import check_connector
 from kvcfg.cache.paged import PagedKVCache
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.model import LayerGroup
+from kvcfg.config.recipes import stored_layers
 from kvcfg.errors import CapacityError, ShapeError
 from kvcfg.planning import plan
 
@@ -113,7 +114,7 @@ def build(experiment: ExperimentConfig, model: Any) -> PagedKVCache:
         num_pages=planned.num_pages,
         max_batch_size=planned.max_batch_size,
         max_seq_len=planned.max_seq_len,
-        layers=layer_places(experiment.model.layer_groups),
+        layers=layer_places([layers.group for layers in stored_layers(experiment)]),
         devices=[model.device] * params.tensor_parallel_degree,
     )
 

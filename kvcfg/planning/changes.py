@@ -113,7 +113,8 @@ def stored_bits(experiment: ExperimentConfig) -> int:
 
 def _formats(experiment: ExperimentConfig) -> Iterator[tuple[int, Change]]:
     asked = experiment.quantization
-    reset = {f"quantization.{key}": None for key in type(asked).model_fields if getattr(asked, key) is not None}
+    fields = type(asked).model_fields.items()
+    reset = {f"quantization.{key}": field.default for key, field in fields if getattr(asked, key) != field.default}
     # Below 8 bits what is lost depends on the whole recipe, so that a format alone is no advice.
     for name, item in ((name, item) for name, item in FORMATS.items() if not item.is_packed):
         yield item.bits, Change({"cache.kv_cache_format": name, **reset}, f"{item.bits}-bit cache", 1.0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvcfg.config.devices import DevicesConfig
 from kvcfg.config.experiment import ExperimentConfig
+from kvcfg.config.presets import device_presets
 from kvcfg.planning.capacity import longest_context
 from kvcfg.planning.changes import (
     UNCHANGED,
@@ -30,7 +31,6 @@ from kvcfg.planning.changes import (
     wider_formats,
 )
 from kvcfg.planning.plans import Plan, plan
-from kvcfg.planning.presets import device_presets
 from kvcfg.planning.shortfall import corrections, rounded_context
 
 MOST_PRESETS = 3

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvcfg.config.drafts import draft_layers
 from kvcfg.config.experiment import ExperimentConfig
+from kvcfg.config.recipes import stored_layers
 from kvcfg.config.resolution import Choice, Resolution
 from kvcfg.params import KVCacheParams
 from kvcfg.planning.capacity import Capacity
@@ -186,7 +187,7 @@ class Plan:
     def layer_groups(self) -> list[dict[str, Any]]:
         """One entry a layer group of the model, those that store nothing included, then those of its drafter."""
         stored = iter(self.resolution.params.params)
-        own = self.experiment.model.layer_groups
+        own = [layers.group for layers in stored_layers(self.experiment)]
         entries = []
         for place, group in enumerate((*own, *draft_layers(self.experiment).groups)):
             params = None if group.kind == "shared" else next(stored)
@@ -199,6 +200,7 @@ class Plan:
                     "head_dim": group.head_dim,
                     "value_head_dim": group.value_dim,
                     "window": group.window,
+                    "format": params.storage.format_name if params and params.stores_pages else None,
                     "n_kv_heads_per_device": params.n_kv_heads_per_device if params else 0,
                     "num_pages": self.pages_of(params) if params else 0,
                     "pages_per_sequence": params.pages_per_sequence(self.max_seq_len) if params else 0,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvcfg.composition import compose
-from kvcfg.config.resolution import Choice, balances_rope, resolve
+from kvcfg.config.recipes import balances_rope
+from kvcfg.config.resolution import Choice, resolve
 
 KEY = "quantization.balance_rope"
 CASES = [

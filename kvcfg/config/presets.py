@@ -1,4 +1,4 @@
-"""Devices that could be had: the presets of `conf/devices`, read without Hydra."""
+"""Presets of `conf/`, read without Hydra: devices that could be had, recipes that were measured."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from kvcfg.config.devices import DevicesConfig
 
 @cache
 def device_presets() -> dict[str, DevicesConfig]:
-    """Every preset by its name, as `devices=NAME` composes it; a preset may build on its siblings."""
-    folder = _conf_folder() / "devices"
-    return {file.stem: DevicesConfig.model_validate(_values(file)) for file in sorted(folder.glob("*.yaml"))}
+    """Every preset of `conf/devices` by its name."""
+    return {name: DevicesConfig.model_validate(values) for name, values in preset_values("devices").items()}
+
+
+def preset_values(group: str) -> dict[str, dict[str, Any]]:
+    """What each preset of a group sets, by its name, as `GROUP=NAME` composes it: presets may build on siblings."""
+    return {file.stem: _values(file) for file in sorted((_conf_folder() / group).glob("*.yaml"))}
 
 
 def _values(file: Path) -> dict[str, Any]:

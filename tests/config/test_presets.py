@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from kvcfg.composition import grid
-from kvcfg.planning.presets import device_presets
+from kvcfg.config.presets import device_presets
 
 
 def test_every_preset_is_read_as_it_is_composed() -> None:
