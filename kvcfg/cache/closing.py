@@ -15,6 +15,7 @@ from torch import Tensor
 from kvcfg.cache.closing_step import ClosingStep
 from kvcfg.cache.step import GroupStep, Span
 from kvcfg.cache.storage import EncodedTokens, KeysValues, PagedStorage, Part
+from kvcfg.formats.codec import LayerCalibration
 from kvcfg.params import KVCacheParams
 
 
@@ -26,12 +27,18 @@ class ClosingStorage(PagedStorage):
         num_pages: pages that can be handed out; one more is allocated, the null page.
         max_batch_size: sequences held at the same time; each has `params.open_pages_per_sequence` open pages.
         devices: one device per tensor parallel shard.
+        calibrated: what was measured beforehand, layer by layer; None = nothing.
     """
 
     def __init__(
-        self, params: KVCacheParams, num_pages: int, max_batch_size: int, devices: Sequence[torch.device]
+        self,
+        params: KVCacheParams,
+        num_pages: int,
+        max_batch_size: int,
+        devices: Sequence[torch.device],
+        calibrated: Sequence[LayerCalibration] | None = None,
     ) -> None:
-        super().__init__(params, num_pages, devices)
+        super().__init__(params, num_pages, devices, calibrated)
         self.ring_pages = params.open_pages_per_sequence
         self.opened = PagedStorage(params.open_pages, max_batch_size * self.ring_pages, devices)
         self._closed = [[0] * max_batch_size for _ in range(params.num_layers)]
@@ -55,7 +62,7 @@ class ClosingStorage(PagedStorage):
     def write(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
         """Store a step's tokens and close what is full; returns the tokens as open pages store them."""
         step = _closing(step)
-        encoded = self.opened.encode(keys, values)
+        encoded = self.opened.encode(layer, keys, values)
         if step.closing:
             self._close(layer, step, encoded)
         kept = encoded if step.stored is None else [tokens.at(step.stored) for tokens in encoded]
@@ -89,7 +96,7 @@ class ClosingStorage(PagedStorage):
     def _close(self, layer: int, step: ClosingStep, encoded: Sequence[EncodedTokens]) -> None:
         """Encode the pages that are full, from their tokens as open pages hold them."""
         before = self.opened.read_slots(layer, step.open_slots, torch.float32)
-        fresh = self.opened.decode(encoded, torch.float32)
+        fresh = self.opened.decode(layer, encoded, torch.float32)
         for number, row, end, pages in step.closing:
             if self._closed[layer][row] >= end:
                 continue
@@ -107,7 +114,7 @@ class ClosingStorage(PagedStorage):
         shape = (len(pages), self.params.page_size)
         count = len(pages) * self.params.page_size
         keys, values = (item[:count].unflatten(0, shape) for item in states)
-        self.store(layer, self.encode(keys, values), pages)
+        self.store(layer, self.encode(layer, keys, values), pages)
 
 
 def _offset(spans: Sequence[Span], number: int) -> int:

@@ -25,7 +25,7 @@ from kvcfg.cache.packed import Packed, joined
 from kvcfg.cache.pages import Allocation, Commit, SeqId
 from kvcfg.cache.prefix import token_ids
 from kvcfg.cache.refusal import in_use, not_pinned, pin_in_use, unclaimed
-from kvcfg.cache.replica import CacheOptions, CacheReplica
+from kvcfg.cache.replica import CacheOptions, CacheReplica, Calibration
 from kvcfg.cache.replicas import borrow, settle
 from kvcfg.cache.step import GroupStep, Step
 from kvcfg.cache.storage import KeysValues, PagedStorage
@@ -47,6 +47,7 @@ class KVCacheManager:
         max_seq_len: tokens of the longest one.
         devices: one device per shard, replica after replica; None = the CPU for all.
         options: prefix caching, eviction, copies between replicas.
+        calibrated: what was measured beforehand, for recipes that ask for it.
 
     Attributes:
         replicas: pages and tables of each replica.
@@ -64,6 +65,7 @@ class KVCacheManager:
         max_seq_len: int,
         devices: Sequence[torch.device] | None = None,
         options: CacheOptions | None = None,
+        calibrated: Calibration | None = None,
     ) -> None:
         options = options or CacheOptions(enable_prefix_caching=params.enable_prefix_caching)
         devices = [torch.device("cpu")] * params.n_devices if devices is None else devices
@@ -78,6 +80,7 @@ class KVCacheManager:
                 max_seq_len=max_seq_len,
                 devices=part,
                 options=options,
+                calibrated=calibrated,
             )
             for part in split_into_groups(devices, params.data_parallel_degree)
         )

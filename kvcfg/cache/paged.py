@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcfg.cache.replica import CacheOptions, CacheReplica
+from kvcfg.cache.replica import CacheOptions, CacheReplica, Calibration
 from kvcfg.cache.step import Step, first_seen
 from kvcfg.cache.storage import KeysValues, PagedStorage, Part
 from kvcfg.errors import CapacityError, ShapeError
@@ -29,6 +29,7 @@ class PagedKVCache:
         layers: for every layer of the model, in order, its group and its place in it; None for layers that
             store nothing of their own.
         devices: one device per tensor parallel shard.
+        calibrated: what was measured beforehand, for recipes that ask for it.
 
     Attributes:
         replica: the pages; sequences are named by their row.
@@ -47,6 +48,7 @@ class PagedKVCache:
         max_seq_len: int,
         layers: Sequence[tuple[int, int] | None],
         devices: Sequence[torch.device],
+        calibrated: Calibration | None = None,
     ) -> None:
         if unpaged := [group.kind for group in params.params if not group.stores_pages]:
             raise ShapeError(f"the paged cache holds keys and values; {unpaged[0]} layers keep neither")
@@ -59,6 +61,7 @@ class PagedKVCache:
             max_seq_len=max_seq_len,
             devices=devices,
             options=CacheOptions(enable_prefix_caching=False),
+            calibrated=calibrated,
         )
         self.batch_size = 0
         # Formats that store every token at once may take any of them back; a window cannot return to what it left,
@@ -90,6 +93,11 @@ class PagedKVCache:
                 held += sum(len(table.pages) for table in tables) * storage.params.bytes_per_block
                 held += self.batch_size * storage.params.open_bytes_per_sequence
         return held
+
+    @property
+    def clip_rate(self) -> float:
+        """Largest share of any group's numbers that was cut off so far, where scales do not follow them; else 0."""
+        return max(storage.clip_rate for storage in self.replica.storages if storage is not None)
 
     def length(self, layer: int) -> int:
         """Tokens of each sequence that one layer of the model has stored, or seen in a windowed group."""

@@ -22,9 +22,13 @@ from kvcfg.cache.states import StateStorage
 from kvcfg.cache.step import GroupStep, Step, growing_step, windowed_step
 from kvcfg.cache.storage import PagedStorage
 from kvcfg.errors import CapacityError
+from kvcfg.formats.codec import LayerCalibration
 from kvcfg.params import KVCacheParams, MultiKVCacheParams, table_columns
 from kvcfg.sizing import max_lengths
 from kvcfg.units import ceil_div
+
+Calibration = Sequence[Sequence[LayerCalibration] | None]
+"""What was measured beforehand: per layer group, and in it per layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,7 @@ class CacheReplica:
         max_seq_len: tokens of the longest one.
         devices: one device per tensor parallel shard.
         options: prefix caching and eviction.
+        calibrated: per group what was measured beforehand of its layers, or None; None = nothing of any.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class CacheReplica:
         max_seq_len: int,
         devices: Sequence[torch.device],
         options: CacheOptions,
+        calibrated: Calibration | None = None,
     ) -> None:
         self.params, self.devices = params, tuple(devices)
         self.num_pages, self.max_batch_size, self.max_seq_len = num_pages, max_batch_size, max_seq_len
@@ -93,8 +99,8 @@ class CacheReplica:
             bytes_for_pages=self._bytes_per_device,
         )
         self.storages = [
-            self._storage(group, count) if group.stores_pages else None
-            for group, count in zip(params.params, pages, strict=True)
+            self._storage(group, count, layers) if group.stores_pages else None
+            for group, count, layers in zip(params.params, pages, calibrated or [None] * len(pages), strict=True)
         ]
         self._closing = [storage for storage in self.storages if isinstance(storage, ClosingStorage)]
         self.states = [
@@ -293,10 +299,12 @@ class CacheReplica:
                     entered = self.tables.pages(group, torch.tensor(row), columns).tolist()
                     assert entered == list(pages), f"page table of {seq_id!r} has {entered}, the ledger {pages}"
 
-    def _storage(self, group: KVCacheParams, num_pages: int) -> PagedStorage:
+    def _storage(
+        self, group: KVCacheParams, num_pages: int, calibrated: Sequence[LayerCalibration] | None
+    ) -> PagedStorage:
         if group.closes_pages:
-            return ClosingStorage(group, num_pages, self.max_batch_size, self.devices)
-        return PagedStorage(group, num_pages, self.devices)
+            return ClosingStorage(group, num_pages, self.max_batch_size, self.devices, calibrated)
+        return PagedStorage(group, num_pages, self.devices, calibrated)
 
     def _closing_step(
         self, place: int, seq_ids: Sequence[SeqId], starts: Sequence[int], num_tokens: Sequence[int]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvcfg.cache.step import GroupStep, Span
 from kvcfg.errors import ShapeError
-from kvcfg.formats.codec import Codec, Encoded
+from kvcfg.formats.codec import Codec, Encoded, LayerCalibration, clip_rate
 from kvcfg.params import KVCacheParams
 
 
@@ -55,14 +55,24 @@ class PagedStorage:
         params: what a page holds.
         num_pages: pages that can be handed out; one more is allocated, the null page.
         devices: one device per tensor parallel shard.
+        calibrated: what was measured beforehand, layer by layer; None = nothing.
     """
 
-    def __init__(self, params: KVCacheParams, num_pages: int, devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self,
+        params: KVCacheParams,
+        num_pages: int,
+        devices: Sequence[torch.device],
+        calibrated: Sequence[LayerCalibration] | None = None,
+    ) -> None:
         if len(devices) != params.tensor_parallel_degree:
             raise ShapeError(f"{params.tensor_parallel_degree} shards need as many devices, got {len(devices)}")
         self.params, self.num_pages = params, num_pages
-        self.shards = [_Shard(params, num_pages, device) for device in devices]
         self._heads = [_heads_of(params, rank) for rank in range(len(devices))]
+        self.shards = [
+            _Shard(params, num_pages, device, [_of_heads(item, heads) for item in calibrated or ()])
+            for device, heads in zip(devices, self._heads, strict=True)
+        ]
         self._readers = [self._heads.index(heads) for heads in dict.fromkeys(self._heads)]
 
     @property
@@ -75,10 +85,16 @@ class PagedStorage:
         """Bytes of one page over all layers and shards, measured on the arenas."""
         return sum(shard.arena[:, 0].numel() for shard in self.shards)
 
-    def encode(self, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
+    @property
+    def clip_rate(self) -> float:
+        """Share of the numbers stored so far that were cut off, where scales do not follow them; else 0."""
+        return clip_rate([codec for shard in self.shards for pair in shard.codecs for codec in pair])
+
+    def encode(self, layer: int, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
         """Tokens, or whole pages where they close, as every shard stores them; the inputs are left unchanged.
 
         Args:
+            layer: index within the group, in `[0, num_layers)`.
             keys: `[num_tokens, n_kv_heads, head_dim]`, any float dtype, before any split over shards; of pages
                 `[num_pages, page_size, n_kv_heads, head_dim]`.
             values: the same with value_dim; of a latent (MLA) `[num_tokens, 1, 0]`.
@@ -91,7 +107,7 @@ class PagedStorage:
         _expect(keys, "keys", n_heads, params.head_dim)
         _expect(values, "values", n_heads, params.value_dim)
         return [
-            shard.encode(keys[..., heads.start : heads.stop, :], values[..., heads.start : heads.stop, :])
+            shard.encode(layer, keys[..., heads.start : heads.stop, :], values[..., heads.start : heads.stop, :])
             for shard, heads in zip(self.shards, self._heads, strict=True)
         ]
 
@@ -122,11 +138,11 @@ class PagedStorage:
         """
         past = self.past(layer, step, keys.dtype)
         encoded = self.write(layer, step, keys, values)
-        return [*past, Part(self.newest.decode(encoded, keys.dtype), step.fresh)]
+        return [*past, Part(self.newest.decode(layer, encoded, keys.dtype), step.fresh)]
 
     def write(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
         """Store a step's tokens; returns all of them as they are stored."""
-        encoded = self.encode(keys, values)
+        encoded = self.encode(layer, keys, values)
         kept = encoded if step.stored is None else [tokens.at(step.stored) for tokens in encoded]
         self.store(layer, kept, step.slots)
         return encoded
@@ -135,9 +151,9 @@ class PagedStorage:
         """What a step's queries see of the tokens before it."""
         return [Part(self.read(layer, step.past_pages, dtype), step.past)]
 
-    def decode(self, encoded: Sequence[EncodedTokens], dtype: torch.dtype) -> KeysValues:
-        """Encoded tokens as a reader sees them, all heads, in `dtype`, on the first shard's device."""
-        parts = [self.shards[rank].decode(encoded[rank], dtype) for rank in self._readers]
+    def decode(self, layer: int, encoded: Sequence[EncodedTokens], dtype: torch.dtype) -> KeysValues:
+        """Encoded tokens of a layer as a reader sees them, all heads, in `dtype`, on the first shard's device."""
+        parts = [self.shards[rank].decode(layer, encoded[rank], dtype) for rank in self._readers]
         if len(parts) == 1:
             return parts[0]
         home = parts[0].keys.device
@@ -157,11 +173,11 @@ class PagedStorage:
         Returns:
             Keys and values of `n * page_size` tokens; slots never written hold anything.
         """
-        return self.decode([shard.load(layer, pages) for shard in self.shards], dtype)
+        return self.decode(layer, [shard.load(layer, pages) for shard in self.shards], dtype)
 
     def read_slots(self, layer: int, slots: Tensor, dtype: torch.dtype) -> KeysValues:
         """The tokens at some slots `[n]` int64, in order; not where pages close."""
-        return self.decode([shard.pick(layer, slots) for shard in self.shards], dtype)
+        return self.decode(layer, [shard.pick(layer, slots) for shard in self.shards], dtype)
 
     def copy_pages(self, sources: Tensor, targets: Tensor, origin: PagedStorage | None = None) -> None:
         """Copy whole pages, all layers, byte for byte.
@@ -178,18 +194,22 @@ class PagedStorage:
 class _Shard:
     """One device's part of every page: some of the heads."""
 
-    def __init__(self, params: KVCacheParams, num_pages: int, device: torch.device) -> None:
+    def __init__(
+        self, params: KVCacheParams, num_pages: int, device: torch.device, calibrated: Sequence[LayerCalibration]
+    ) -> None:
         recipe, n_heads = params.storage, params.n_kv_heads_per_device
         together = params.page_size if params.closes_pages else None
         self.device, self.rows_per_page = device, 1 if together else params.page_size
-        self.key_codec = Codec(recipe.keys, n_heads, params.head_dim, together)
-        self.value_codec = Codec(recipe.values, n_heads, params.value_dim, together)
-        rows = (
-            self.key_codec.element_row_bytes,
-            self.value_codec.element_row_bytes,
-            self.key_codec.scale_row_bytes,
-            self.value_codec.scale_row_bytes,
-        )
+        pairs = [
+            (
+                Codec(recipe.keys, n_heads, params.head_dim, together, layer and layer.keys),
+                Codec(recipe.values, n_heads, params.value_dim, together, layer and layer.values),
+            )
+            for layer in calibrated or (None,)
+        ]
+        self.codecs = pairs if calibrated else pairs * params.num_layers
+        keys, values = pairs[0]
+        rows = (keys.element_row_bytes, values.element_row_bytes, keys.scale_row_bytes, values.scale_row_bytes)
         shape = (params.num_layers, num_pages + 1, params.bytes_per_layer_page)
         self.arena = torch.zeros(shape, dtype=torch.uint8, device=device)
         starts = [self.rows_per_page * sum(rows[:index]) for index in range(len(rows))]
@@ -200,10 +220,9 @@ class _Shard:
             for start, row in zip(starts, rows, strict=True)
         ]
 
-    def encode(self, keys: Tensor, values: Tensor) -> EncodedTokens:
-        return EncodedTokens(
-            self.key_codec.encode(keys.to(self.device)), self.value_codec.encode(values.to(self.device))
-        )
+    def encode(self, layer: int, keys: Tensor, values: Tensor) -> EncodedTokens:
+        key_codec, value_codec = self.codecs[layer]
+        return EncodedTokens(key_codec.encode(keys.to(self.device)), value_codec.encode(values.to(self.device)))
 
     def store(self, layer: int, tokens: EncodedTokens, slots: Tensor) -> None:
         slots = slots.to(self.device)
@@ -223,9 +242,9 @@ class _Shard:
         pages, offsets = slots // self.rows_per_page, slots % self.rows_per_page
         return self._gathered(len(slots), lambda region: region[layer][pages, offsets])
 
-    def decode(self, tokens: EncodedTokens, dtype: torch.dtype) -> KeysValues:
-        keys = self.key_codec.decode(tokens.keys, dtype)
-        values = self.value_codec.decode(tokens.values, dtype)
+    def decode(self, layer: int, tokens: EncodedTokens, dtype: torch.dtype) -> KeysValues:
+        key_codec, value_codec = self.codecs[layer]
+        keys, values = key_codec.decode(tokens.keys, dtype), value_codec.decode(tokens.values, dtype)
         return KeysValues(*(rows.flatten(0, 1) if rows.ndim == 4 else rows for rows in (keys, values)))
 
     def _gathered(self, num_rows: int, gather: Callable[[Tensor], Tensor]) -> EncodedTokens:
@@ -237,6 +256,10 @@ class _Shard:
 
 def _in_page_order(tokens: EncodedTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens.keys.elements, tokens.values.elements, tokens.keys.scales, tokens.values.scales
+
+
+def _of_heads(layer: LayerCalibration, heads: range) -> LayerCalibration:
+    return LayerCalibration(*(side.of_heads(slice(heads.start, heads.stop)) for side in layer))
 
 
 def _heads_of(params: KVCacheParams, rank: int) -> range:

@@ -79,6 +79,17 @@ class Calibrated:
     matrices: Tensor | None = None
     amax: Tensor | None = None
 
+    def of_heads(self, heads: slice) -> Calibrated:
+        """The part of some heads."""
+        return Calibrated(*(None if item is None else item[heads] for item in (self.matrices, self.amax)))
+
+
+class LayerCalibration(NamedTuple):
+    """What was measured beforehand of one layer, over all its KV heads."""
+
+    keys: Calibrated
+    values: Calibrated
+
 
 class Codec:
     """Encodes keys, or values, of one layer.

@@ -109,18 +109,20 @@ def machine(
 
         def stored(self, row: Row, layer: int, start: int, stop: int, query: int) -> torch.Tensor:
             """What a query at a position must read, keys and values joined."""
-            storage = self.manager.replicas[0].storages[layer // 2]
+            group, place = divmod(layer, 2)
+            storage = self.manager.replicas[0].storages[group]
+            numbers = self.numbers(row, layer, start, stop)
             if not isinstance(storage, ClosingStorage):
                 assert storage is not None
-                states = storage.decode(storage.encode(*self.numbers(row, layer, start, stop)), torch.float32)
+                states = storage.decode(place, storage.encode(place, *numbers), torch.float32)
                 return torch.cat(states, -1)
             opened = storage.opened
-            states = opened.decode(opened.encode(*self.numbers(row, layer, start, stop)), torch.float32)
+            states = opened.decode(place, opened.encode(place, *numbers), torch.float32)
             closed = max(query - num_drafts, row.firm) // SIZE
             if not closed:
                 return torch.cat(states, -1)
             pages = [item[: closed * SIZE].unflatten(0, (closed, SIZE)) for item in states]
-            whole = storage.decode(storage.encode(*pages), torch.float32)
+            whole = storage.decode(place, storage.encode(place, *pages), torch.float32)
             return torch.cat(
                 [torch.cat((old, new[closed * SIZE :])) for old, new in zip(whole, states, strict=True)], -1
             )
@@ -249,6 +251,7 @@ def machine(
 
 PLAIN = recipe_of("float32")
 CHANNELS = replace(recipe_of("uint4"), key_granularity="channel", transform="hadamard")
+CENTRED = replace(recipe_of("gauss4"), transform="centred", sink_tokens=1)
 DRAFTS = {"speculative_method": "mtp", "num_draft_tokens": 2}
 
 
@@ -263,6 +266,8 @@ LAYOUTS: dict[str, Callable[[], list[KVCacheParams]]] = {
     "chunks": lambda: [group_of(PLAIN, kind="chunked", window=5), group_of(PLAIN)],
     "windows alone": lambda: [group_of(PLAIN, kind="sliding_window", window=w) for w in (1, 7)],
     "channels": lambda: [group_of(CHANNELS)],
+    "centred": lambda: [group_of(CENTRED)],
+    "open pages finer": lambda: [group_of(replace(recipe_of("int8"), open_page_format=FORMATS["bfloat16"]))],
     "closing beside a window": lambda: [group_of(CHANNELS), group_of(PLAIN, kind="sliding_window", window=4)],
     "closing beside plain": lambda: [group_of(PLAIN), group_of(recipe_of("gauss3"))],
     "closing latents": lambda: [group_of(recipe_of("int4"), kind="mla", num_q_heads=4)],

@@ -64,7 +64,7 @@ def test_tokens_are_read_back_from_scattered_slots(recipe: Recipe) -> None:
     pages = torch.tensor([3, 0])
     slots = (pages[:, None] * 4 + torch.arange(4)).flatten()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    storage.store(1, storage.encode(keys[order], values[order]), slots[order])
+    storage.store(1, storage.encode(1, keys[order], values[order]), slots[order])
     read = storage.read(1, pages, torch.float32)
     stored_keys, stored_values = as_stored(recipe, keys, values)
     assert torch.equal(read.keys, stored_keys)
@@ -77,7 +77,7 @@ def test_writing_touches_no_other_slot_and_no_other_layer(recipe: Recipe) -> Non
     arena = storage.shards[0].arena
     arena.fill_(0xA5)
     keys, values = tokens_of(1)
-    storage.store(1, storage.encode(keys, values), torch.tensor([2 * 4 + 3]))
+    storage.store(1, storage.encode(1, keys, values), torch.tensor([2 * 4 + 3]))
     changed = (arena != 0xA5).nonzero()
     assert set(changed[:, 0].tolist()) == {1} and set(changed[:, 1].tolist()) == {2}
     assert len(changed) <= params_of(recipe).bytes_per_layer_page / 4
@@ -99,7 +99,7 @@ def test_pages_with_odd_widths_need_no_alignment() -> None:
     params = params_of(recipe, page_size=1, n_kv_heads=1, head_dim=3, value_head_dim=5)
     storage = storage_of(params)
     keys, values = tokens_of(5, 1, 3, 5)
-    storage.store(0, storage.encode(keys, values), torch.arange(5))
+    storage.store(0, storage.encode(0, keys, values), torch.arange(5))
     read = storage.read(0, torch.arange(5), torch.float32)
     assert torch.equal(read.keys, as_stored(recipe, keys, values)[0])
     assert torch.equal(read.values, as_stored(recipe, keys, values)[1])
@@ -112,7 +112,7 @@ def test_shards_together_hold_what_one_device_would(num_shards: int) -> None:
     params = params_of(recipe, n_kv_heads=4, devices=devices, allow_kv_head_replication=True)
     storage = storage_of(params)
     keys, values = tokens_of(8, n_heads=4)
-    storage.store(0, storage.encode(keys, values), torch.arange(8))
+    storage.store(0, storage.encode(0, keys, values), torch.arange(8))
     read = storage.read(0, torch.tensor([0, 1]), torch.float32)
     assert torch.equal(read.keys, as_stored(recipe, keys, values)[0])
     assert storage.nbytes == (5 + 1) * params.bytes_per_block
@@ -123,7 +123,7 @@ def test_a_page_moves_as_bytes() -> None:
     storage = storage_of(params_of(RECIPES["int8"]))
     keys, values = tokens_of(4)
     for layer in range(2):
-        storage.store(layer, storage.encode(keys * (layer + 1), values), torch.arange(4))
+        storage.store(layer, storage.encode(layer, keys * (layer + 1), values), torch.arange(4))
     storage.copy_pages(torch.tensor([0]), torch.tensor([4]))
     for layer in range(2):
         before, after = (storage.read(layer, torch.tensor([page]), torch.float32) for page in (0, 4))
@@ -134,4 +134,4 @@ def test_a_page_moves_as_bytes() -> None:
 def test_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...], name: str) -> None:
     storage = storage_of(params_of(RECIPES["int8"]))
     with pytest.raises(ShapeError, match=rf"{name} must be \[num_tokens, 2, 16\], got \[2"):
-        storage.encode(torch.zeros(shape), tokens_of(2)[1])
+        storage.encode(0, torch.zeros(shape), tokens_of(2)[1])
