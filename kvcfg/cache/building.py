@@ -12,8 +12,9 @@ from kvcfg.cache.prefix import PageHasher
 from kvcfg.cache.replica import CacheOptions
 from kvcfg.config.cache import KVConnectorType
 from kvcfg.config.experiment import ExperimentConfig
+from kvcfg.config.recipes import is_measured, stored_layers
 from kvcfg.dtypes import DeviceRef
-from kvcfg.errors import BackendUnavailable, CapacityError
+from kvcfg.errors import BackendUnavailable, CapacityError, ConfigError, Problem
 from kvcfg.planning import plan
 
 
@@ -28,6 +29,7 @@ def build_manager(
         adapter: name or digest of the adapter that the model runs with; its pages are kept apart.
 
     Raises:
+        ConfigError: if the recipe is none that was measured, and `quantization.experimental` is false.
         BackendUnavailable: if the config names a GPU that this machine does not have, or tiers.
         CapacityError: if the plan does not fit in memory.
     """
@@ -35,6 +37,7 @@ def build_manager(
     if not planned.fits:
         raise CapacityError(str(planned.shortfall))
     check_connector(experiment)
+    check_recipe(experiment)
     params, cache = planned.resolution.params, experiment.cache
     hasher = PageHasher(
         cache.kv_cache_hash_algo,
@@ -56,6 +59,16 @@ def build_manager(
             enable_dp_cross_replica_prefix_copy=cache.enable_dp_cross_replica_prefix_copy,
         ),
     )
+
+
+def check_recipe(experiment: ExperimentConfig) -> None:
+    """Raise ConfigError if a layer's recipe is none that was measured, and nobody said that this is known."""
+    if experiment.quantization.experimental:
+        return
+    for layers in stored_layers(experiment):
+        if layers.group.elements_per_token and layers.group.window is None and not is_measured(layers.recipe):
+            rule = f"must be true to run {layers.recipe}, which is no recipe of conf/quantization (to plan it need not)"
+            raise ConfigError(Problem("quantization.experimental", rule, False, "quantization.experimental=true"))
 
 
 def check_connector(experiment: ExperimentConfig) -> None:

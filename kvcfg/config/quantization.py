@@ -86,8 +86,8 @@ class QuantizationConfig(Config):
     null = centred below 8 bits with scales per token_head or block, else none."""
 
     sink_tokens: int | None = Field(None, ge=0)
-    """First keys of every page that are kept in 8 bits beside it; needs transform=centred or balanced. null = 1
-    there, else 0."""
+    """First tokens of every page whose keys and values are kept in int8; needs transform=centred or balanced. null =
+    1 there, else 0."""
 
     open_page_format: FormatName | None = None
     """Element format of a page while it is filled; it gets its own when it is full. null = int8 where pages are

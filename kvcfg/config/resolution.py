@@ -147,7 +147,7 @@ def _recipe_choices(experiment: ExperimentConfig, recipe: Recipe) -> list[Choice
         why = "below 8 bits keys less the mean of their page lose least"
         choices.append(Choice("quantization.transform", None, recipe.transform, why))
     if recipe.sink_tokens and asked.sink_tokens is None:
-        why = "the first key of a sequence is unlike the others and is read most"
+        why = "the first token of a sequence is unlike the others and is read most"
         choices.append(Choice("quantization.sink_tokens", None, recipe.sink_tokens, why))
     if recipe.open_page is not None and asked.open_page_format is None:
         why = "the newest tokens are read most, and a page is stored as a whole"

@@ -64,6 +64,13 @@ class BenchOptions(Config):
     """What is printed: a table to read, or json alone."""
 
 
+class CalibrateOptions(Config):
+    """`kvcfg calibrate`: measure a model's keys for calibrated recipes."""
+
+    output: Output = "table"
+    """What is printed: a table to read, or json alone."""
+
+
 class FetchOptions(Config):
     """`kvcfg fetch`: bring the model's weights to this machine."""
 
@@ -122,5 +129,6 @@ VERBS: dict[str, type[Config]] = {
     "eval": EvalOptions,
     "bench": BenchOptions,
     "replay": ReplayOptions,
+    "calibrate": CalibrateOptions,
     "fetch": FetchOptions,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import torch
 
 from kvcfg.composition import overrides_of
 from kvcfg.config.experiment import ExperimentConfig
+from kvcfg.config.recipes import is_measured
 from kvcfg.errors import ConfigError, Problem
 from kvcfg.evaluation.fingerprint import fingerprint
 from kvcfg.evaluation.progress import progress_bar
@@ -23,6 +25,8 @@ from kvcfg.integrations.transformers import TransformersCache, build
 from kvcfg.params import MultiKVCacheParams
 from kvcfg.results.row import ResultRow
 from kvcfg.version import __version__
+
+_log = logging.getLogger("kvcfg")
 
 _LIBRARIES = ("torch", "transformers", "hydra-core", "omegaconf", "pydantic")
 
@@ -54,24 +58,33 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
     was_training = model.training
     model.eval()
     params = pages.params
-    recipe = params.params[0].storage
-    title = f"{recipe.format_name} on {experiment.model.name}, pages of {params.page_size}"
+    recipes = list(dict.fromkeys(group.storage for group in params.params if group.stores_pages))
+    format_name = "+".join(dict.fromkeys(recipe.format_name for recipe in recipes))
+    title = f"{format_name} on {experiment.model.name}, pages of {params.page_size}"
     with progress_bar(title, workload.num_windows + 2) as step_done:
         agreement = compare(model, windows, candidate, step_done)
         held = pages.bytes_in_use
         floor = noise_floor(model, windows[0])
         step_done()
+        clip_rate = pages.clip_rate
         last_token = int(windows[-1, -1])
         seconds = decode_step_seconds(model, TransformersCache(pages), last_token, workload.decode_tokens)
         step_done()
     model.train(was_training)
+    if clip_rate > 0:
+        _log.warning(
+            "%s on %s: %.2g%% of the numbers were cut off, since scales do not follow them. Try: quantization=fp8",
+            format_name,
+            experiment.model.name,
+            100 * clip_rate,
+        )
     numbers = sum(_numbers_per_token(params)) * workload.window_tokens
     return ResultRow(
         fingerprint=fingerprint(experiment),
         model=experiment.model.name,
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        format=recipe.format_name,
-        recipe=str(recipe),
+        format=format_name,
+        recipe="; ".join(map(str, recipes)),
         page_size=params.page_size,
         bytes_per_token_planned=params.bytes_per_token,
         bytes_per_token_allocated=pages.bytes_per_token,
@@ -85,6 +98,8 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         kl_p99=agreement.kl.quantile(0.99).item(),
         noise_floor=floor,
         top1=agreement.same_top1.double().mean().item(),
+        clip_rate=clip_rate,
+        experimental=not all(is_measured(group.storage) for group in params.params if group.grows),
         decode_tokens_per_s=tokens_per_second(seconds),
         text_sha=text_sha(workload),
         overrides=tuple(overrides_of(experiment) if overrides is None else overrides),

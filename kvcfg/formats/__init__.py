@@ -32,9 +32,9 @@ What is stored need not be the numbers themselves, but what a transform makes of
     centred     less the mean of their page, which is stored, and turned  turned
     balanced    the same, by a calibrated matrix instead                  turned by a Hadamard matrix
 
-The first tokens of a sequence draw most attention, and have keys unlike all others. Where a transform is centred,
-the first `sink_tokens` keys of every page are left out of its mean and kept in int8: of every page, so that pages
-can be shared and moved whatever sequence they came from.
+The first tokens of a sequence draw most attention, and are unlike all others. Where keys are centred, the first
+`sink_tokens` tokens of every page are left out of the mean, and their keys and values kept in int8: of every page, so
+that pages can be shared and moved whatever sequence they came from.
 
 NVFP4 is a recipe of float4_e2m1fn: blocks of 16 with float8_e4m3fn scales (without the second scale per tensor
 that hardware adds, which keys and values do not need: their block scales fit e4m3). mxfp4 is another: blocks of
@@ -129,7 +129,7 @@ class SideRecipe:
         block_size: numbers along head_dim (`block`) or tokens (`channel`) that share one scale.
         scale_dtype: what one stored scale is, and a stored zero.
         transform: what is done to the numbers before they are stored (the table at the top of this file).
-        sink_tokens: first tokens of a page that are kept in int8; only where `transform` is centred or balanced.
+        sink_tokens: first tokens of a page that are kept in int8.
     """
 
     element_format: Format
@@ -157,7 +157,7 @@ class SideRecipe:
     @property
     def spans_tokens(self) -> bool:
         """Whether tokens share something, so that they can only be stored together."""
-        return self.shares_scales or self.is_centred
+        return self.shares_scales or self.is_centred or self.sink_tokens > 0
 
     def scales_per_token(self, dim: int) -> int:
         """Scales that belong to one token in one head of width `dim`; 0 where tokens share them."""
@@ -171,18 +171,25 @@ class SideRecipe:
             return ceil_div(tokens, self.block_size or tokens) * n_heads * dim
         return tokens * n_heads * self.scales_per_token(dim)
 
+    def own_tokens(self, tokens: int) -> int:
+        """Of `tokens` tokens that are stored together those that are not kept in int8."""
+        return tokens - self.sink_tokens
+
     def element_bytes(self, tokens: int, n_heads: int, dim: int) -> int:
-        """Bytes of the elements of `tokens` tokens."""
-        return self.element_format.value_bytes(tokens * n_heads * dim)
+        """Bytes of the elements of `tokens` tokens that are stored together, sinks left out."""
+        return self.element_format.value_bytes(self.own_tokens(tokens) * n_heads * dim)
 
     def scale_bytes(self, tokens: int, n_heads: int, dim: int) -> int:
         """Bytes of the scales, zeros, means and sinks of `tokens` tokens that are stored together."""
         parts = 2 if self.element_format.asymmetric else 1
-        numbers = self.num_scales(tokens, n_heads, dim) * parts
-        if not self.is_centred:
-            return numbers * self.scale_dtype.size_in_bytes
-        sinks = SINK.element_bytes(self.sink_tokens, n_heads, dim) + SINK.scale_bytes(self.sink_tokens, n_heads, dim)
-        return (numbers + n_heads * dim) * self.scale_dtype.size_in_bytes + sinks
+        numbers = self.num_scales(self.own_tokens(tokens), n_heads, dim) * parts + n_heads * dim * self.is_centred
+        return numbers * self.scale_dtype.size_in_bytes + self.sink_bytes(n_heads, dim)
+
+    def sink_bytes(self, n_heads: int, dim: int) -> int:
+        """Bytes of the sinks of a page, with their scales."""
+        if not self.sink_tokens:
+            return 0
+        return SINK.element_bytes(self.sink_tokens, n_heads, dim) + SINK.scale_bytes(self.sink_tokens, n_heads, dim)
 
     def problems(self, dim: int, tokens: int | None) -> list[Problem]:
         """What stands against storing heads of width `dim` like this, `tokens` at a time (None = one by one)."""
@@ -199,7 +206,7 @@ class SideRecipe:
             what = "means" if self.is_centred else f"{name}, which stores zeros"
             rule = f"must have a sign for {what} beside its scales"
             found.append(Problem("scale_dtype", rule, self.scale_dtype.name, "scale_dtype=float16"))
-        if self.is_centred:
+        if self.is_centred or self.sink_tokens:
             found += self._centring_problems(tokens)
         elif self.shares_scales and (tokens is None or tokens % (self.block_size or tokens)):
             rule = f"must divide the tokens that are stored together, which are {tokens or 1}"
@@ -212,10 +219,10 @@ class SideRecipe:
     def _centring_problems(self, tokens: int | None) -> list[Problem]:
         found = []
         if not self.is_scaled or self.shares_scales:
-            rule = f"token_head or block for transform={self.transform}, which takes the mean of a channel away"
+            rule = "token_head or block where means are taken from a page or sinks kept apart"
             found.append(Problem("granularity", rule, self.granularity, "granularity=token_head"))
         if tokens is None:
-            rule = "must be none or hadamard where tokens are stored one by one"
+            rule = "must be none or hadamard, without sinks, where tokens are stored one by one"
             found.append(Problem("transform", rule, self.transform, "transform=hadamard"))
         elif self.sink_tokens >= tokens:
             rule = f"must be less than the {tokens} tokens of a page"
@@ -242,7 +249,7 @@ class Recipe:
         transform: what is done to the numbers before they are stored (the table at the top of this file).
         open_page_format: element format of a page that is being filled; None = int8 where it cannot have the
             recipe's own (`closes`), else that.
-        sink_tokens: first keys of every page that are kept in int8; only with a centred transform.
+        sink_tokens: first tokens of every page whose keys and values are kept in int8.
     """
 
     key_format: Format
@@ -269,7 +276,9 @@ class Recipe:
     def values(self) -> SideRecipe:
         """How values are stored."""
         transform: Transform = "none" if self.transform == "none" else "hadamard"
-        return SideRecipe(self.value_format, self.granularity, self.block_size, self.scale_dtype, transform)
+        return SideRecipe(
+            self.value_format, self.granularity, self.block_size, self.scale_dtype, transform, self.sink_tokens
+        )
 
     @property
     def format_name(self) -> str:
@@ -368,7 +377,7 @@ FORMATS: dict[str, Format] = {
 
 
 SINK = SideRecipe(FORMATS["int8"], "token_head", None, DType.float16, "hadamard")
-"""How the first keys of a page are kept where a transform is centred."""
+"""How the first tokens of a page are kept where a recipe has sinks."""
 
 
 def find_format(name: str, key: str = "cache.kv_cache_format") -> Format:

@@ -4,14 +4,14 @@ Numbers `[n, tokens, n_heads, dim]` become two byte tensors of n rows: elements,
 to them. Rows are plain bytes, so that a page can hold them packed, in any order, without regard to alignment. Tokens
 that are encoded one by one have no axis `tokens` and a row each.
 
-    mean and sinks, if any   taken away (`centring.py`)
+    sinks, means, if any     taken away (`centring.py`)
     transform, if any        each token and head by itself (`transforms.py`)
     scale (and zero)         of the numbers that share them (`scales.py`), or calibrated
     q = (x - zero) / scale   rounded, cast and packed by the format
     x = q * scale + zero     the transform undone, the mean added
 
-    elements    those of the page
-    scales      scales | zeros | means | sinks
+    elements    those of tokens that are no sinks
+    scales      scales | zeros | means | sinks | scales of sinks
 
 A NaN reaches no other token. It makes the scale of its own token NaN; where tokens share scales it is left out of
 them and reads as about 0, unless the format has a NaN of its own. An infinity saturates; where tokens share
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kvcfg.errors import ConfigError, ShapeError
 from kvcfg.formats import SINK, SideRecipe
-from kvcfg.formats.centring import Centred, Centring
+from kvcfg.formats.centring import Apart, Centring
 from kvcfg.formats.codebook import Codebook
 from kvcfg.formats.scales import Scales
 from kvcfg.formats.transforms import Hadamard, HeadMatrices, HeadTransform
@@ -125,18 +125,22 @@ class Codec:
         together = tokens or 1
         self.element_row_bytes = side.element_bytes(together, n_heads, dim)
         self.scale_row_bytes = side.scale_bytes(together, n_heads, dim)
-        self._count = together * n_heads * dim
-        self._shape = (n_heads, dim) if tokens is None else (tokens, n_heads, dim)
+        own = side.own_tokens(together)
+        self._count = own * n_heads * dim
+        self._shape = (n_heads, dim) if tokens is None else (own, n_heads, dim)
         self._codec: ElementCodec = load_object(side.element_format.codec)(side.element_format)
         self._scale_dtype = side.scale_dtype.to_torch()
         codebook = self._codec if isinstance(self._codec, Codebook) else None
         self._scales = Scales(side, codebook) if self.scale_row_bytes else None
         self._asymmetric, self._shares_scales = side.element_format.asymmetric, side.shares_scales
-        self._group_shape, self._axis = _groups(side, together, n_heads, dim)
+        self._group_shape, self._axis = _groups(side, own, n_heads, dim)
         self._scale_shape = [size if axis != self._axis else 1 for axis, size in enumerate(self._group_shape, start=1)]
         self._turn = _transform(side, dim, calibrated) if dim else None
-        self._centring = Centring(side) if side.is_centred and dim else None
-        self._sinks = Codec(SINK, n_heads, dim) if self._centring is not None else None
+        self._centring = Centring(side) if (side.is_centred or side.sink_tokens) and dim else None
+        self._sinks = Codec(SINK, n_heads, dim, side.sink_tokens) if side.sink_tokens and dim else None
+        sink_parts = [0, 0] if self._sinks is None else [self._sinks.element_row_bytes, self._sinks.scale_row_bytes]
+        mean_bytes = n_heads * dim * side.scale_dtype.size_in_bytes if side.is_centred else 0
+        self._scale_parts = [self.scale_row_bytes - mean_bytes - sum(sink_parts), mean_bytes, *sink_parts]
         self._max_value = side.element_format.max_value
         self._fixed = _fixed_scale(side, calibrated)
         self._watches = side.element_format.scaled and self._scales is None
@@ -144,32 +148,27 @@ class Codec:
 
     def encode(self, numbers: Tensor) -> Encoded:
         """Quantize `[n, tokens, n_heads, dim]` of any float dtype; the input is left unchanged."""
-        if self._centring is None or self._sinks is None:
+        if self._centring is None:
             return self._encode(numbers)
         parts = self._centring.apart(numbers.to(torch.float32))
-        elements, scales = self._encode(parts.numbers)
-        sinks = self._sinks.encode(parts.sinks)
-        means = _as_rows(parts.means.to(self._scale_dtype))
-        kept = [part.reshape(len(numbers), part.numel() // max(1, len(numbers))) for part in sinks]
-        return Encoded(elements, torch.cat((scales, means, *kept), dim=1))
+        elements, *scales = self._encode(parts.rest)
+        if parts.means is not None:
+            scales.append(_as_rows(parts.means.to(self._scale_dtype)))
+        if self._sinks is not None:
+            scales += self._sinks.encode(parts.sinks)
+        return Encoded(elements, torch.cat(scales, dim=1))
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
         """Stored bytes back to numbers `[n, tokens, n_heads, dim]` in `dtype`."""
-        if self._centring is None or self._sinks is None:
+        if self._centring is None:
             return self._decode(encoded).to(dtype)
-        num_rows, num_sinks = len(encoded.elements), self._centring.sink_tokens
-        mean_bytes = self.n_heads * self.dim * self._scale_dtype.itemsize
-        sink_bytes = [num_sinks * self._sinks.element_row_bytes, num_sinks * self._sinks.scale_row_bytes]
-        own = self.scale_row_bytes - mean_bytes - sum(sink_bytes)
-        scales, means, *sinks = encoded.scales.split([own, mean_bytes, *sink_bytes], dim=1)
-        shape = (num_rows, 1, self.n_heads, self.dim)
-        parts = Centred(
-            self._decode(Encoded(encoded.elements, scales)),
-            means.contiguous().view(self._scale_dtype).to(torch.float32).view(shape),
-            self._sinks.decode(
-                Encoded(*(part.reshape(num_rows * num_sinks, part.shape[1] // max(1, num_sinks)) for part in sinks)),
-                torch.float32,
-            ),
+        scales, means, sink_elements, sink_scales = encoded.scales.split(self._scale_parts, dim=1)
+        rest = self._decode(Encoded(encoded.elements, scales))
+        shape = (len(rest), 1, self.n_heads, self.dim)
+        parts = Apart(
+            rest[:, :0] if self._sinks is None else self._sinks.decode(Encoded(sink_elements, sink_scales), rest.dtype),
+            means.contiguous().view(self._scale_dtype).to(torch.float32).view(shape) if means.shape[1] else None,
+            rest,
         )
         return self._centring.together(parts).to(dtype)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvcfg.cache.building import check_connector
+from kvcfg.cache.building import check_connector, check_recipe
 from kvcfg.cache.paged import PagedKVCache
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.model import LayerGroup
@@ -99,6 +99,7 @@ def build(experiment: ExperimentConfig, model: Any) -> PagedKVCache:
         model: a causal language model of transformers; its layers must be those of the config.
 
     Raises:
+        ConfigError: if the recipe is none that was measured, and `quantization.experimental` is false.
         BackendUnavailable: if pages are to leave the device.
         CapacityError: if the plan does not fit in memory.
         ShapeError: if the model's layers are not those of the config.
@@ -107,6 +108,7 @@ def build(experiment: ExperimentConfig, model: Any) -> PagedKVCache:
     if not planned.fits:
         raise CapacityError(str(planned.shortfall))
     check_connector(experiment)
+    check_recipe(experiment)
     params = experiment.to_params()
     check_model(experiment, model)
     return PagedKVCache(

@@ -20,7 +20,7 @@ class ResultRow:
     device: str
     """Where it ran: cpu, or the name of the GPU."""
     format: str
-    """Element format; keys/values where they differ."""
+    """Element format; keys/values where they differ, and `+` between those of different layers."""
     recipe: str
     """How pages are stored, in words."""
     page_size: int
@@ -30,7 +30,7 @@ class ResultRow:
     bytes_per_token_allocated: float
     """The same, measured on the tensors that were allocated."""
     bits_per_element: float
-    """Bits that one number of a closed page takes: values, scales and zeros."""
+    """Bits that one number of a closed page takes: elements, scales, zeros, means and sinks."""
     bits_effective: float
     """The same over all pages that the row's context held, the open one included."""
     num_predictions: int
@@ -49,6 +49,10 @@ class ResultRow:
     """Mean KL of the full-precision cache against itself, fed in another shape."""
     top1: float
     """Share of predictions whose most likely token is the same, 0 to 1."""
+    clip_rate: float
+    """Share of the numbers that were cut off where scales do not follow them, of the worst group; else 0."""
+    experimental: bool
+    """Whether the recipe is none of those that kvcfg has measured."""
     decode_tokens_per_s: float
     """Tokens generated per second at batch 1 after the last window, by the median step."""
     text_sha: str

@@ -45,7 +45,7 @@ def _cells(row: ResultRow) -> tuple[str, ...]:
     bytes_per_token = readable_count(row.bytes_per_token_planned)
     return (
         row.model,
-        row.format,
+        f"{row.format}{' *' * row.experimental}",
         str(row.page_size),
         bytes_per_token if same else f"{bytes_per_token} (allocated {readable_count(row.bytes_per_token_allocated)})",
         f"{row.bits_per_element:g}",
@@ -67,6 +67,7 @@ def _footer(rows: Sequence[ResultRow]) -> list[str]:
     planned_is_allocated = all(row.bytes_per_token_planned == row.bytes_per_token_allocated for row in rows)
     return [
         "",
+        *(["*: experimental, no recipe that kvcfg has measured."] if any(row.experimental for row in rows) else []),
         *(["bytes/token: as planned, and as allocated."] if planned_is_allocated else []),
         f"KL: full-precision cache to this one, over {counts} predictions; the run's noise floor is "
         f"{' to '.join(dict.fromkeys((floors[0], floors[-1])))}.",

@@ -32,7 +32,8 @@ def row(name: str, kl: float, identity: str, overrides: tuple[str, ...]) -> Resu
     known: dict[str, Any] = {field: 1.0 for field in ResultRow.__dataclass_fields__}
     known |= {field: "x" for field in ("model", "device", "recipe", "text_sha", "created")}
     known |= {"kl": kl, "kl_ci": (kl * 0.9, kl * 1.1), "format": name, "fingerprint": identity, "page_size": 128}
-    return ResultRow(**known | {"overrides": overrides, "config": {}, "versions": {}, "num_predictions": 63})
+    known |= {"overrides": overrides, "config": {}, "versions": {}, "num_predictions": 63, "experimental": False}
+    return ResultRow(**known)
 
 
 @pytest.fixture

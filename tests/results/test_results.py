@@ -35,6 +35,8 @@ def row_of(**changes: Any) -> ResultRow:
         "kl_p99": 5e-3,
         "noise_floor": 6.6e-12,
         "top1": 0.984,
+        "clip_rate": 0.0,
+        "experimental": False,
         "decode_tokens_per_s": 10.2,
         "text_sha": "t0",
         "overrides": ("cache.kv_cache_format=int8",),
