@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from kvcfg.errors import GateError, KvcfgError
@@ -49,9 +49,10 @@ class ResultRow:
     """Mean KL of the full-precision cache against itself, fed in another shape."""
     top1: float
     """Share of predictions whose most likely token is the same, 0 to 1."""
-    clip_rate: float
-    """Share of the numbers that were cut off where scales do not follow them, of the worst group; else 0."""
-    experimental: bool
+    clip_rate: float | None = None
+    """Share of the numbers that were cut off where scales do not follow them, of the worst group; else 0. None in
+    rows of versions that did not count."""
+    experimental: bool = False
     """Whether the recipe is none of those that kvcfg has measured."""
     decode_tokens_per_s: float
     """Tokens generated per second at batch 1 after the last window, by the median step."""
@@ -88,14 +89,16 @@ class ResultRow:
 
     @classmethod
     def from_json(cls, line: str, source: str = "row") -> ResultRow:
-        """The row that one line of JSON holds; keys written by later versions are left out.
+        """The row that one line of JSON holds; what later versions add is left out, what earlier ones lack has its default.
 
         Raises:
             KvcfgError: if the line is no JSON object or lacks a key.
         """
         try:
             data = json.loads(line)
-            known = {field.name: data[field.name] for field in fields(cls)}
+            known = {
+                field.name: data[field.name] for field in fields(cls) if field.name in data or field.default is MISSING
+            }
         except (ValueError, TypeError, KeyError) as error:
             raise KvcfgError(f"{source} is no result row: {error!r}") from error
         known |= {"overrides": tuple(known["overrides"]), "kl_ci": tuple(known["kl_ci"])}

@@ -117,3 +117,10 @@ def test_table_tells_when_allocation_differs_from_plan() -> None:
     text = render([row_of(bytes_per_token_allocated=13000.0)])
     assert "12,240 (allocated 13,000)" in text
     assert "as planned, and as allocated" not in text
+
+
+def test_row_of_a_version_that_knew_fewer_figures_is_read() -> None:
+    data = json.loads(row_of().to_json())
+    del data["clip_rate"], data["experimental"]
+    read = ResultRow.from_json(json.dumps(data))
+    assert (read.clip_rate, read.experimental) == (None, False)
