@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -9,17 +10,21 @@ import torch
 from kvcfg.cache.manager import KVCacheManager
 from kvcfg.cache.namespace import namespace
 from kvcfg.cache.prefix import PageHasher
-from kvcfg.cache.replica import CacheOptions
+from kvcfg.cache.replica import CacheOptions, Calibration
 from kvcfg.config.cache import KVConnectorType
 from kvcfg.config.experiment import ExperimentConfig
-from kvcfg.config.recipes import is_measured, stored_layers
+from kvcfg.config.recipes import is_measured, needs_calibration, stored_layers
 from kvcfg.dtypes import DeviceRef
-from kvcfg.errors import BackendUnavailable, CapacityError, ConfigError, Problem
+from kvcfg.errors import BackendUnavailable, CapacityError, ConfigError, Problem, ShapeError
 from kvcfg.planning import plan
 
 
 def build_manager(
-    experiment: ExperimentConfig, *, devices: Sequence[torch.device] | None = None, adapter: str | None = None
+    experiment: ExperimentConfig,
+    *,
+    devices: Sequence[torch.device] | None = None,
+    adapter: str | None = None,
+    calibrated: Calibration | None = None,
 ) -> KVCacheManager:
     """Allocate the planned cache of all replicas, with the prefix caching and eviction that the config asks for.
 
@@ -27,22 +32,28 @@ def build_manager(
         experiment: what to build; `kvcfg plan` shows the bytes.
         devices: one device per shard, replica after replica; None = those of the config.
         adapter: name or digest of the adapter that the model runs with; its pages are kept apart.
+        calibrated: for recipes that need it, what `kvcfg.integrations.calibrated_layers.calibrated_groups` reads.
 
     Raises:
         ConfigError: if the recipe is none that was measured, and `quantization.experimental` is false.
         BackendUnavailable: if the config names a GPU that this machine does not have, or tiers.
         CapacityError: if the plan does not fit in memory.
+        ShapeError: if the recipe needs a calibration and got none.
     """
     planned = plan(experiment)
     if not planned.fits:
         raise CapacityError(str(planned.shortfall))
     check_connector(experiment)
     check_recipe(experiment)
+    if calibrated is None and any(needs_calibration(layers.recipe) for layers in stored_layers(experiment)):
+        raise ShapeError(
+            "this recipe reads what kvcfg calibrate wrote: give calibrated=calibrated_groups(experiment, model)"
+        )
     params, cache = planned.resolution.params, experiment.cache
     hasher = PageHasher(
         cache.kv_cache_hash_algo,
         seed=bytes.fromhex(cache.kv_cache_hash_seed or ""),
-        namespace=namespace(experiment, adapter=adapter),
+        namespace=namespace(experiment, adapter=adapter, calibration=_digest(calibrated)),
     )
     return KVCacheManager(
         params,
@@ -58,6 +69,7 @@ def build_manager(
             reuse_partial_pages=cache.reuse_partial_pages,
             enable_dp_cross_replica_prefix_copy=cache.enable_dp_cross_replica_prefix_copy,
         ),
+        calibrated=calibrated,
     )
 
 
@@ -79,6 +91,18 @@ def check_connector(experiment: ExperimentConfig) -> None:
             f"cache.kv_connector={connector} can be planned and replayed, but pages cannot leave the device yet. "
             "Try: cache.kv_connector=null"
         )
+
+
+def _digest(calibrated: Calibration | None) -> str | None:
+    if calibrated is None:
+        return None
+    digest = hashlib.sha256()
+    for group in calibrated:
+        for layer in group or ():
+            for side in layer:
+                for part in (side.matrices, side.amax):
+                    digest.update(b"none" if part is None else part.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _torch_device(device: DeviceRef) -> torch.device:

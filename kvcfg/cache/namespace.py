@@ -22,12 +22,12 @@ def namespace(experiment: ExperimentConfig, *, adapter: str | None = None, calib
     """The namespace of an experiment's pages, 32 bytes.
 
     It covers model and adapter, RoPE scaling (a local model's config.json), RoPE-pair balancing, formats and recipe of
-    every group, the dtype that keys and values are computed in, and the layout of a page on its shards.
+    every group and layer, the dtype that keys and values are computed in, and the layout of a page on its shards.
 
     Args:
         experiment: what is cached and how.
         adapter: name or digest of the adapter that the model runs with, such as a LoRA.
-        calibration: digest of the file that static scales come from.
+        calibration: digest of the matrices and scales that were measured beforehand.
     """
     params = experiment.to_params()
     return fingerprint(
@@ -37,6 +37,7 @@ def namespace(experiment: ExperimentConfig, *, adapter: str | None = None, calib
             "adapter": adapter,
             "source_dtype": experiment.model.dtype,
             "calibration": calibration,
+            "layers": [item.model_dump(mode="json") for item in experiment.quantization.layers or ()],
             "layout": LAYOUT,
             "page_size": params.page_size,
             "tensor_parallel_degree": params.tensor_parallel_degree,

@@ -62,7 +62,11 @@ def layers_of(group: LayerGroup) -> tuple[int, ...]:
 
 
 def drafted_recipe(group: LayerGroup, recipe: Recipe) -> Recipe:
-    """How a drafter's layers are stored: as the model's that keep the same."""
+    """How a drafter's layers are stored: as the model's that keep the same, but for what was calibrated on those."""
+    if recipe.transform == "balanced":
+        recipe = replace(recipe, transform="centred")
+    if recipe.scale_source == "static":
+        recipe = replace(recipe, scale_source="unit")
     return _of_kind(group, recipe)
 
 

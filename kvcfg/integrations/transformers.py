@@ -21,6 +21,7 @@ from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.model import LayerGroup
 from kvcfg.config.recipes import stored_layers
 from kvcfg.errors import CapacityError, ShapeError
+from kvcfg.integrations.calibrated_layers import calibrated_groups
 from kvcfg.planning import plan
 
 
@@ -99,7 +100,8 @@ def build(experiment: ExperimentConfig, model: Any) -> PagedKVCache:
         model: a causal language model of transformers; its layers must be those of the config.
 
     Raises:
-        ConfigError: if the recipe is none that was measured, and `quantization.experimental` is false.
+        ConfigError: if the recipe is none that was measured, and `quantization.experimental` is false; or if it needs
+            a calibration and there is none of this model.
         BackendUnavailable: if pages are to leave the device.
         CapacityError: if the plan does not fit in memory.
         ShapeError: if the model's layers are not those of the config.
@@ -118,6 +120,7 @@ def build(experiment: ExperimentConfig, model: Any) -> PagedKVCache:
         max_seq_len=planned.max_seq_len,
         layers=layer_places([layers.group for layers in stored_layers(experiment)]),
         devices=[model.device] * params.tensor_parallel_degree,
+        calibrated=calibrated_groups(experiment, model),
     )
 
 
