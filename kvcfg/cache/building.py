@@ -45,10 +45,9 @@ def build_manager(
         raise CapacityError(str(planned.shortfall))
     check_connector(experiment)
     check_recipe(experiment)
-    if calibrated is None and any(needs_calibration(layers.recipe) for layers in stored_layers(experiment)):
-        raise ShapeError(
-            "this recipe reads what kvcfg calibrate wrote: give calibrated=calibrated_groups(experiment, model)"
-        )
+    if calibrated is None and any(needs_calibration(group.storage) for group in planned.resolution.params.params):
+        what = "this recipe reads what kvcfg calibrate wrote"
+        raise ShapeError(f"{what}: give calibrated=calibrated_groups(experiment, model)")
     params, cache = planned.resolution.params, experiment.cache
     hasher = PageHasher(
         cache.kv_cache_hash_algo,

@@ -89,7 +89,7 @@ class ResultRow:
 
     @classmethod
     def from_json(cls, line: str, source: str = "row") -> ResultRow:
-        """The row that one line of JSON holds; what later versions add is left out, what earlier ones lack has its default.
+        """The row that one line of JSON holds; what later versions add is left out, what earlier ones lack defaulted.
 
         Raises:
             KvcfgError: if the line is no JSON object or lacks a key.
