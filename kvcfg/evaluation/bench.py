@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.evaluation.measure import sized_to_windows
 from kvcfg.evaluation.progress import progress_bar
-from kvcfg.evaluation.quality import agreement, full_precision
+from kvcfg.evaluation.quality import agreement, full_precision, logits
 from kvcfg.evaluation.speed import decode_step_seconds
 from kvcfg.evaluation.text import text_windows
 from kvcfg.integrations.loading import load, load_tokenizer
@@ -76,9 +77,9 @@ def measure_speed(experiment: ExperimentConfig, model: Any = None) -> SpeedRow:
     format_name = pages.params.params[0].storage.format_name
     title = f"{format_name} beside DynamicCache, {workload.window_tokens} tokens"
     with progress_bar(title, len(caches) + workload.decode_tokens) as step_done:
-        logits = {}
+        predictions = {}
         for name, cache in caches.items():
-            logits[name] = model(window[None].to(model.device), past_key_values=cache, use_cache=True).logits[0]
+            predictions[name] = logits(model, window[None], partial(_given, cache))[0]
             step_done()
         seconds: dict[str, list[float]] = {name: [] for name in caches}
         for _ in range(workload.decode_tokens):
@@ -97,8 +98,13 @@ def measure_speed(experiment: ExperimentConfig, model: Any = None) -> SpeedRow:
         ratio=step / dynamic_step,
         cache_bytes=pages.nbytes,
         dynamic_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in caches["dynamic"].layers),
-        kl=agreement(logits["dynamic"], logits["paged"], window).kl.mean().item(),
+        kl=agreement(predictions["dynamic"], predictions["paged"], window).kl.mean().item(),
     )
+
+
+def _given(cache: Any, batch_size: int) -> Any:
+    """A cache that is there already, as a maker of caches."""
+    return cache
 
 
 def speed_table(rows: Sequence[SpeedRow]) -> str:
