@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     from kvcfg.cache.manager import KVCacheManager
     from kvcfg.cache.paged import PagedKVCache
     from kvcfg.composition import GridPoint
+    from kvcfg.evaluation.calibrating import calibrate
     from kvcfg.evaluation.measure import evaluate
     from kvcfg.evaluation.replay import replay_trace
+    from kvcfg.integrations.calibration import Calibration, load_calibration
     from kvcfg.integrations.loading import load
     from kvcfg.integrations.transformers import TransformersCache, build
     from kvcfg.results.row import ResultRow
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "BackendUnavailable",
+    "Calibration",
     "CapacityError",
     "ConfigError",
     "DType",
@@ -79,6 +82,7 @@ __all__ = [
     "__version__",
     "build",
     "build_manager",
+    "calibrate",
     "compose",
     "compute_max_seq_len_fitting_in_cache",
     "compute_num_device_blocks",
@@ -86,12 +90,14 @@ __all__ = [
     "evaluate",
     "grid",
     "load",
+    "load_calibration",
     "plan",
     "replay_trace",
     "validate",
 ]
 
 _LOADED_ON_FIRST_USE = {
+    "Calibration": "kvcfg.integrations.calibration",
     "GridPoint": "kvcfg.composition",
     "KVCacheManager": "kvcfg.cache.manager",
     "PagedKVCache": "kvcfg.cache.paged",
@@ -99,8 +105,10 @@ _LOADED_ON_FIRST_USE = {
     "TransformersCache": "kvcfg.integrations.transformers",
     "build": "kvcfg.integrations.transformers",
     "build_manager": "kvcfg.cache.building",
+    "calibrate": "kvcfg.evaluation.calibrating",
     "evaluate": "kvcfg.evaluation.measure",
     "load": "kvcfg.integrations.loading",
+    "load_calibration": "kvcfg.integrations.calibration",
     "replay_trace": "kvcfg.evaluation.replay",
 }
 

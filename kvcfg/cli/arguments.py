@@ -14,12 +14,13 @@ kvcfg: one config for an LLM's KV cache: what it costs, what it loses, how fast 
 usage: kvcfg VERB [GROUP=CHOICE | KEY=VALUE]… [-m] [--config-dir DIR]
 
 verbs
-  plan     what a cache costs: bytes, pages, tokens, sequences, bounds on speed
-  fit      what would make a workload fit
-  eval     what a cache loses and how fast it is, measured on a real model
-  bench    how fast a cache is
-  replay   what a prefix cache is worth on a trace of requests: hit rates by capacity
-  fetch    bring a model's weights to this machine
+  plan       what a cache costs: bytes, pages, tokens, sequences, bounds on speed
+  fit        what would make a workload fit
+  eval       what a cache loses and how fast it is, measured on a real model
+  bench      how fast a cache is
+  replay     what a prefix cache is worth on a trace of requests: hit rates by capacity
+  calibrate  measure a model's keys on a text, for recipes that weigh them
+  fetch      bring a model's weights to this machine
 
 groups: cache, model, devices, quantization, speculative, workload, experiment
   kvcfg plan --help lists the choices of each, and every key with its default

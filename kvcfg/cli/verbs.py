@@ -1,4 +1,4 @@
-"""What each verb does with points that are known to be good. Torch is imported by `eval` and `bench` alone."""
+"""What each verb does with points that are known to be good. Torch is imported by those that run a model alone."""
 
 from __future__ import annotations
 
@@ -58,6 +58,12 @@ def _replay_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     return replay_all(arguments, points)
 
 
+def _calibrate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    from kvcfg.cli.calibrated import calibrate_all
+
+    return calibrate_all(arguments, points)
+
+
 def _evaluate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     from kvcfg.cli.measured import evaluate_all
 
@@ -77,6 +83,7 @@ RUNS: dict[str, Run] = {
     "eval": _evaluate_all,
     "bench": _bench_all,
     "replay": _replay_all,
+    "calibrate": _calibrate_all,
 }
 """What the command line does with a whole grid."""
 
