@@ -10,7 +10,7 @@ from kvcfg.composition.points import GridPoint
 from kvcfg.errors import ConfigError, Problem
 from kvcfg.evaluation.calibrating import calibrate
 from kvcfg.evaluation.calibration_text import calibration_summary
-from kvcfg.integrations.calibrated_layers import calibration_path
+from kvcfg.integrations.calibration_files import calibration_path
 
 
 def calibrate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 
 from kvcfg.composition import overrides_of
 from kvcfg.config.experiment import ExperimentConfig
-from kvcfg.config.recipes import is_measured
+from kvcfg.config.recipes import is_measured, needs_calibration, resolve_recipe
 from kvcfg.errors import ConfigError, Problem
 from kvcfg.evaluation.fingerprint import fingerprint
 from kvcfg.evaluation.progress import progress_bar
 from kvcfg.evaluation.quality import compare, noise_floor
 from kvcfg.evaluation.speed import decode_step_seconds, tokens_per_second
 from kvcfg.evaluation.text import text_sha, text_windows
+from kvcfg.integrations.calibration import load_calibration
+from kvcfg.integrations.calibration_files import calibration_path
 from kvcfg.integrations.loading import load, load_tokenizer
 from kvcfg.integrations.transformers import TransformersCache, build
 from kvcfg.params import MultiKVCacheParams
@@ -55,13 +58,13 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         pages.release()
         return TransformersCache(pages)
 
-    was_training = model.training
-    model.eval()
+    if needs_calibration(resolve_recipe(experiment)):
+        _warn_of_known_text(experiment)
     params = pages.params
     recipes = list(dict.fromkeys(group.storage for group in params.params if group.stores_pages))
     format_name = "+".join(dict.fromkeys(recipe.format_name for recipe in recipes))
     title = f"{format_name} on {experiment.model.name}, pages of {params.page_size}"
-    with progress_bar(title, workload.num_windows + 2) as step_done:
+    with evaluating(model), progress_bar(title, workload.num_windows + 2) as step_done:
         agreement = compare(model, windows, candidate, step_done)
         held = pages.bytes_in_use
         floor = noise_floor(model, windows[0])
@@ -70,7 +73,6 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         last_token = int(windows[-1, -1])
         seconds = decode_step_seconds(model, TransformersCache(pages), last_token, workload.decode_tokens)
         step_done()
-    model.train(was_training)
     if clip_rate > 0:
         _log.warning(
             "%s on %s: %.2g%% of the numbers were cut off, since scales do not follow them. Try: quantization=fp8",
@@ -107,6 +109,31 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Run a model without dropout; afterwards it is as it was, whatever happened."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _warn_of_known_text(experiment: ExperimentConfig) -> None:
+    """A calibration knows the text that it was made of; figures on that text are too good."""
+    made, workload = load_calibration(calibration_path(experiment)).provenance, experiment.workload
+    last = workload.first_token + workload.num_windows * workload.window_tokens
+    overlap = made.first_token < last and workload.first_token < made.first_token + made.num_tokens
+    if overlap and made.text_sha == text_sha(workload):
+        _log.warning(
+            "%s was calibrated on tokens of the windows that are measured: another text loses more. "
+            "Try: workload.first_token=%d",
+            experiment.model.name,
+            made.first_token + made.num_tokens,
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +15,8 @@ from kvcfg.config.recipes import StoredLayers, balances_rope, layers_of, needs_c
 from kvcfg.formats import Recipe
 from kvcfg.formats.codec import Calibrated, LayerCalibration
 from kvcfg.integrations.calibration import Calibration, load_calibration, refusal
-from kvcfg.integrations.weights import cache_folder
+from kvcfg.integrations.calibration_files import calibration_path
 from kvcfg.integrations.weights_digest import model_fingerprint
-
-
-def calibration_path(experiment: ExperimentConfig) -> Path:
-    """Where the calibration of an experiment is: as it says, or beside the weights under the model's name."""
-    asked = experiment.quantization.calibration
-    if asked is not None:
-        return Path(asked).expanduser()
-    return cache_folder() / "calibrations" / f"{experiment.model.name}.safetensors"
 
 
 def calibrated_groups(experiment: ExperimentConfig, model: Any) -> list[list[LayerCalibration] | None] | None:

@@ -13,13 +13,10 @@ import torch
 import kvcfg
 from kvcfg.cli.arguments import read_arguments
 from kvcfg.errors import ConfigError
-from kvcfg.integrations.calibrated_layers import (
-    calibrate_command,
-    calibrated_groups,
-    calibration_path,
-    check_calibration,
-)
+from kvcfg.evaluation.fingerprint import fingerprint
+from kvcfg.integrations.calibrated_layers import calibrate_command, calibrated_groups, check_calibration
 from kvcfg.integrations.calibration import Calibration, Provenance
+from kvcfg.integrations.calibration_files import calibration_path
 from kvcfg.integrations.weights_digest import model_fingerprint
 
 transformers = pytest.importorskip("transformers")
@@ -173,3 +170,13 @@ def test_command_for_a_preset_is_short() -> None:
     assert calibrate_command(kvcfg.compose(BALANCED)) == (
         "kvcfg calibrate model=smollm2-135m quantization=bits4_calibrated"
     )
+
+
+def test_figures_with_another_calibration_are_another_measurement(model: Any, tmp_path: Path) -> None:
+    experiment, plain = experiment_of(tmp_path, *BALANCED), experiment_of(tmp_path, "quantization=bits4")
+    names, plain_names = {fingerprint(experiment)}, {fingerprint(plain)}
+    for page_size in (16, 32):
+        calibration_of(model, page_size=page_size).save(calibration_path(experiment))
+        names.add(fingerprint(experiment))
+        plain_names.add(fingerprint(plain))
+    assert (len(names), len(plain_names)) == (3, 1)
