@@ -55,6 +55,20 @@ def test_trace_of_the_readme_is_replayed(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
+def test_calibration_of_the_readme_is_read(tmp_path: Path) -> None:
+    from pydoc_data.topics import topics
+
+    (tmp_path / "my_text.txt").write_text("\n\n".join(topics.values()))
+    # Not the file beside the weights, which may be somebody's.
+    own = ["quantization.calibration=own.safetensors", *SMALL["eval"]]
+    for command in blocks("sh")[2].splitlines():
+        _, verb, *rest = shlex.split(command)
+        done = run(["-m", "kvcfg", verb, *rest, *own], tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "own.safetensors").exists() and "gauss4" in done.stdout
+
+
+@pytest.mark.model
 def test_python_snippets_run_one_after_the_other(tmp_path: Path) -> None:
     done = run(["-W", "error::DeprecationWarning:__main__", "-c", "\n".join(blocks("python"))], tmp_path)
     assert done.returncode == 0, done.stderr
