@@ -54,5 +54,14 @@ class Centring:
 
     def together(self, parts: Apart) -> Tensor:
         """The inverse of `apart`, up to rounding; `parts.rest` may be overwritten."""
-        rest = parts.rest if parts.means is None else parts.rest.add_(parts.means)
-        return torch.cat((parts.sinks, rest), dim=1) if self.sink_tokens else rest
+        if not self.sink_tokens:
+            return parts.rest if parts.means is None else parts.rest.add_(parts.means)
+        whole = parts.rest.new_empty((len(parts.rest), self.sink_tokens + parts.rest.shape[1], *parts.rest.shape[2:]))
+        whole[:, : self.sink_tokens] = parts.sinks
+        rest = whole[:, self.sink_tokens :]
+        # Written where it belongs: reading pages is bound by memory.
+        if parts.means is None:
+            rest.copy_(parts.rest)
+        else:
+            torch.add(parts.rest, parts.means, out=rest)
+        return whole
