@@ -78,7 +78,8 @@ def check_recipe(experiment: ExperimentConfig) -> None:
         return
     for layers in stored_layers(experiment):
         if layers.group.elements_per_token and layers.group.window is None and not is_measured(layers.recipe):
-            rule = f"must be true to run {layers.recipe}, which is no recipe of conf/quantization (to plan it need not)"
+            what = f"what no file of conf/quantization stands for ({layers.recipe})"
+            rule = f"must be true to run {what}; it can be planned as it is"
             raise ConfigError(Problem("quantization.experimental", rule, False, "quantization.experimental=true"))
 
 

@@ -161,7 +161,9 @@ def _limit(plan: Plan) -> str:
 
 def _layers(plan: Plan) -> list[str]:
     rows = [("layers", "", "KV heads", "each takes", "per sequence", "")]
-    for group in plan.layer_groups():
+    groups = plan.layer_groups()
+    formats_differ = len({group["format"] for group in groups if group["format"]}) > 1
+    for group in groups:
         name = LAYER_NAMES[group["kind"]]
         other = "" if group["value_head_dim"] in (0, group["head_dim"]) else f"+{group['value_head_dim']}"
         heads = "" if group["kind"] in ("linear", "shared") else f"{group['n_kv_heads']} × {group['head_dim']}{other}"
@@ -173,6 +175,7 @@ def _layers(plan: Plan) -> list[str]:
         else:
             cost = "nothing"
         whose = ", of the drafter" if group["role"] == "draft" else ""
+        whose += f" in {group['format']}" if formats_differ and group["format"] else ""
         copies = _copies(plan, group)
         total = readable_bytes(group["bytes_per_sequence"]) if group["bytes_per_sequence"] else ""
         rows.append((f"  {group['num_layers']}", f"{name}{window}{whose}", heads, cost, total, copies))

@@ -14,7 +14,7 @@ from kvcfg.cache.manager import KVCacheManager
 from kvcfg.cache.replica import CacheOptions
 from kvcfg.cache.step import Step
 from kvcfg.dtypes import DeviceRef, DType
-from kvcfg.errors import BackendUnavailable, CapacityError, ShapeError
+from kvcfg.errors import BackendUnavailable, CapacityError, ConfigError, ShapeError
 from kvcfg.formats import FORMATS, Recipe
 from kvcfg.params import KVCacheParams, MultiKVCacheParams
 from kvcfg.symbolic import symbolic_inputs
@@ -369,6 +369,31 @@ def test_gpus_that_are_not_here_are_named() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendUnavailable, match=r"gpu:0 is not on this machine, which has 0 GPUs\. Try: devices=cpu"):
         build_manager(experiment)
+
+
+SMALL = ["model=tiny", "devices=cpu", "cache.kv_cache_page_size=16", "workload.max_batch_size=3"]
+SMALL += ["workload.max_seq_len=64"]
+
+
+@pytest.mark.parametrize("name", ["bits8", "bits6", "bits5", "bits4", "bits3", "bits2"])
+@pytest.mark.parametrize("own", [None, "quantization.layers=[{layers:[1],key_format:bfloat16,value_format:bfloat16}]"])
+def test_every_recipe_is_allocated_as_planned(name: str, own: str | None) -> None:
+    experiment = kvcfg.compose([*SMALL, f"quantization={name}", *([] if own is None else [own])])
+    manager = build_manager(experiment)
+    assert manager.nbytes == kvcfg.plan(experiment).kv_bytes
+    assert len(manager.params.params) == (1 if own is None else 2)
+
+
+def test_recipe_that_nobody_measured_runs_only_when_told_so() -> None:
+    unmeasured = [*SMALL, "cache.kv_cache_format=int4"]
+    with pytest.raises(ConfigError, match=r"no file of conf/quantization .* Try: quantization\.experimental=true"):
+        build_manager(kvcfg.compose(unmeasured))
+    assert build_manager(kvcfg.compose([*unmeasured, "quantization.experimental=true"])).nbytes > 0
+
+
+def test_calibrated_recipe_is_not_built_without_its_calibration() -> None:
+    with pytest.raises(ShapeError, match="calibrated_groups"):
+        build_manager(kvcfg.compose([*SMALL, "quantization=bits4_calibrated"]))
 
 
 def test_tiers_that_cannot_be_built_yet_say_so() -> None:
