@@ -106,21 +106,24 @@ class Candidate:
     start: Callable[[Models], Running] = field(repr=False)
 
 
-def recipes(model: str, page_size: int, window_tokens: int) -> list[Candidate]:
+def recipes(model: str, page_size: int, window_tokens: int, batch_size: int = 1) -> list[Candidate]:
     """Every recipe of conf/quantization and the published ones, at one page size."""
-    asked = {name: ("recipe", [f"quantization={name}"]) for name in preset_values("quantization") if name != "default"}
+    names = [name for name in preset_values("quantization") if name not in ("default", "auto")]
+    asked = {name: ("recipe", [f"quantization={name}"]) for name in names}
     for name, settings in PUBLISHED.items():
         values = (_AS_PUBLISHED | settings).items()
         asked[name] = ("experimental", [f"quantization.{key}={value}" for key, value in values])
     return [
-        _candidate(name, kind, experiment_of(model, page_size, window_tokens, overrides))
+        _candidate(name, kind, experiment_of(model, page_size, window_tokens, overrides, batch_size))
         for name, (kind, overrides) in asked.items()
     ]
 
 
-def experiment_of(model: str, page_size: int, window_tokens: int, overrides: list[str]) -> ExperimentConfig:
-    """An experiment whose cache holds one window."""
-    sizes = ["workload.max_batch_size=1", f"workload.max_seq_len={window_tokens}"]
+def experiment_of(
+    model: str, page_size: int, window_tokens: int, overrides: list[str], batch_size: int = 1
+) -> ExperimentConfig:
+    """An experiment whose cache holds one window, or a batch of them."""
+    sizes = [f"workload.max_batch_size={batch_size}", f"workload.max_seq_len={window_tokens}"]
     pages = f"cache.kv_cache_page_size={page_size}"
     return kvcfg.compose([f"model={model}", "devices=cpu", *sizes, pages, *overrides])
 

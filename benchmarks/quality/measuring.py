@@ -41,6 +41,7 @@ class Task(NamedTuple):
         names: candidates to measure, or None for all; the yardstick and the noise floor always are.
         num_windows: of each book.
         window_tokens: length of a window.
+        batch_size: windows at a time.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Task(NamedTuple):
     names: Sequence[str] | None
     num_windows: int
     window_tokens: int
+    batch_size: int = 1
 
     def experiment(self, *overrides: str, page_size: int | None = None) -> ExperimentConfig:
         """An experiment on this model whose cache holds one window."""
@@ -57,7 +59,11 @@ class Task(NamedTuple):
         """The candidates of this task; stops if a name is none of them."""
         known = [
             full_precision_by_page(self.model, self.window_tokens),
-            *(item for size in self.page_sizes for item in recipes(self.model, size, self.window_tokens)),
+            *(
+                item
+                for size in self.page_sizes
+                for item in recipes(self.model, size, self.window_tokens, self.batch_size)
+            ),
             *peers(self.model, self.window_tokens),
         ]
         if self.names is None:
@@ -162,14 +168,19 @@ def measure(running: Running, reference: Tensor, window: Window) -> Figures:
     )
 
 
-def _part(candidate: Candidate, experiment: ExperimentConfig, window: Window, outcome: Figures | str) -> Part:
+def identity(candidate: Candidate, experiment: ExperimentConfig) -> str:
+    """Digest of all that decides a candidate's figures besides the text."""
     decides = {"candidate": candidate.described, "weights": model_identity(experiment.model)}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _part(candidate: Candidate, experiment: ExperimentConfig, window: Window, outcome: Figures | str) -> Part:
     return Part(
         model=experiment.model.name,
         candidate=candidate.name,
         kind=candidate.kind,
         page_size=candidate.page_size,
-        identity=hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16],
+        identity=identity(candidate, experiment),
         text=window.text,
         text_sha=window.text_sha,
         first_token=window.first_token,

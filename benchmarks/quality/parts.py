@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,14 +107,11 @@ class PartStore:
 
     def parts(self) -> list[Part]:
         """All parts that count, in the order in which they were added; lines that were cut off are left out."""
-        if not self.path.exists():
-            return []
         found: dict[tuple[str | int, ...], Part] = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("{") and line.endswith("}"):
-                part = Part.from_json(line)
-                found.pop(part.key, None)
-                found[part.key] = part
+        for line in whole_lines(self.path):
+            part = Part.from_json(line)
+            found.pop(part.key, None)
+            found[part.key] = part
         return list(found.values())
 
     def measured(self) -> set[tuple[str | int, ...]]:
@@ -122,17 +119,40 @@ class PartStore:
         return {part.key for part in current(self.parts()) if isinstance(part.outcome, Figures)}
 
     def append(self, part: Part) -> None:
-        """Add a part; a line before it that was cut off is ended, so that it spoils no other."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                broken = file.read() != b"\n"
-                file.write(b"\n" if broken else b"")
-            file.write(part.to_json().encode() + b"\n")
+        """Add a part."""
+        append_line(self.path, part.to_json())
 
 
-def current(parts: Iterable[Part]) -> list[Part]:
+def whole_lines(path: Path) -> list[str]:
+    """JSON objects of a file, a line each, without lines that were cut off; none if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line; one before it that was cut off is ended, so that it spoils no other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            broken = file.read() != b"\n"
+            file.write(b"\n" if broken else b"")
+        file.write(line.encode() + b"\n")
+
+
+class Identified(Protocol):
+    """A line of a file that is stale once a later one has another identity."""
+
+    model: str
+    candidate: str
+    page_size: int
+    identity: str
+
+
+Line = TypeVar("Line", bound=Identified)
+
+
+def current(parts: Iterable[Line]) -> list[Line]:
     """Parts without those of an earlier state of their candidate, as it was before its recipe or kvcfg changed."""
     parts = list(parts)
     newest = {(part.model, part.candidate, part.page_size): part.identity for part in parts}

@@ -47,11 +47,15 @@ class Agreement:
 
     def kl_interval(self, seed: int = 0) -> tuple[float, float]:
         """95 % bootstrap interval of the mean KL, over blocks of 32 neighbouring predictions."""
-        blocks = torch.stack([block.mean() for block in torch.split(self.kl, _NEIGHBOURS)])
-        chooser = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(blocks), (_RESAMPLES, len(blocks)), generator=chooser)
-        low, high = blocks[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=blocks.dtype)).tolist()
-        return low, high
+        return mean_interval(torch.stack([block.mean() for block in torch.split(self.kl, _NEIGHBOURS)]), seed)
+
+
+def mean_interval(values: Tensor, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `[num_values]` floats."""
+    chooser = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(values), (_RESAMPLES, len(values)), generator=chooser)
+    low, high = values[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
 
 
 @torch.no_grad()
@@ -94,13 +98,19 @@ def full_precision(batch_size: int) -> Any:
 
 
 def logits(model: Any, tokens: Tensor, cache: CacheMaker) -> Tensor:
-    """Logits `[batch_size, window_tokens, vocabulary]` of `tokens` `[batch_size, window_tokens]`.
-
-    They are fed at once, or page by page to a cache whose queries read closed pages otherwise than open ones.
-    """
+    """Logits `[batch_size, window_tokens, vocabulary]` of `tokens` `[batch_size, window_tokens]`."""
     held = cache(len(tokens))
-    pieces = tokens.to(model.device).split(getattr(held, "step_tokens", None) or tokens.shape[1], dim=1)
+    pieces = as_fed(tokens.to(model.device), held)
     return torch.cat([model(piece, past_key_values=held, use_cache=True).logits for piece in pieces], dim=1)
+
+
+def as_fed(tokens: Tensor, cache: Any) -> tuple[Tensor, ...]:
+    """Tokens `[batch_size, num_tokens]` in the pieces that an empty cache takes.
+
+    One piece, or a page at a time for a cache whose queries read closed pages otherwise than open ones.
+    """
+    step_tokens: int = getattr(cache, "step_tokens", None) or tokens.shape[1]
+    return torch.split(tokens, step_tokens, dim=1)
 
 
 def agreement(reference: Tensor, candidate: Tensor, tokens: Tensor) -> Agreement:

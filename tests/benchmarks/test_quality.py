@@ -161,4 +161,4 @@ def test_books_are_found_among_pieces_of_the_same_name(
 def test_every_recipe_of_conf_is_a_candidate(quality: Script) -> None:
     candidates = quality("candidates").recipes("smollm2-135m", 64, 128)
     found = {item.name for item in candidates if item.kind == "recipe"}
-    assert found == set(preset_values("quantization")) - {"default"}
+    assert found == set(preset_values("quantization")) - {"default", "auto"}
