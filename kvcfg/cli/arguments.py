@@ -15,7 +15,7 @@ usage: kvcfg VERB [GROUP=CHOICE | KEY=VALUE]… [-m] [--config-dir DIR]
 
 verbs
   plan       what a cache costs: bytes, pages, tokens, sequences, bounds on speed
-  fit        what would make a workload fit
+  fit        what would make a workload fit; with quantization=auto the formats that suit each layer
   eval       what a cache loses and how fast it is, measured on a real model
   bench      how fast a cache is
   replay     what a prefix cache is worth on a trace of requests: hit rates by capacity
@@ -29,6 +29,7 @@ examples
   kvcfg plan model=llama-3.1-8b devices=h100x8 cache.kv_cache_page_size=64
   kvcfg plan model=qwen3-8b,llama-3.1-8b cache=fp8,int8 -m      every combination, one table
   kvcfg fit model=llama-3.1-8b devices=rtx4090 workload=rag
+  kvcfg fit quantization=auto gate.max_kl=0.005                 formats of each layer, measured
   kvcfg eval cache.kv_cache_format=bfloat16,float8_e4m3fn,int8 -m
   kvcfg eval cache=int8 gate.max_kl=0.01                        exit code 1 if it loses more
   kvcfg replay workload.trace=requests.jsonl model=llama-3.1-8b devices=h100 cache=fp8,int8 -m

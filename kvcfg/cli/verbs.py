@@ -9,7 +9,7 @@ from typing import Any
 from kvcfg.cli.arguments import Arguments
 from kvcfg.composition.points import GridPoint
 from kvcfg.config.experiment import ExperimentConfig
-from kvcfg.errors import ConfigError
+from kvcfg.errors import ConfigError, Problem
 
 Run = Callable[[Arguments, Sequence[GridPoint]], int]
 
@@ -26,9 +26,22 @@ def plan_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
 
 
 def fit_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
-    """`kvcfg fit`: say for every point what would make it fit."""
+    """`kvcfg fit`: say for every point what would make it fit, or find the formats of its layers."""
+    from kvcfg.config.recipes import finds_formats
     from kvcfg.planning import fit
 
+    open_points = [point for point in points if point.experiment is not None and finds_formats(point.experiment)]
+    if len(open_points) == len(points):
+        from kvcfg.cli.fitted import find_all
+
+        return find_all(arguments, points)
+    if open_points:
+        rule = "cannot be one choice of several: fit answers another question for the others"
+        raise ConfigError(Problem("quantization", rule, "auto", "quantization=auto"))
+    for point in points:
+        if point.options.gate.max_kl is not None:
+            rule = "is for quantization=auto, which finds formats; a workload fits whatever its cache loses"
+            raise ConfigError(Problem("gate.max_kl", rule, point.options.gate.max_kl, "gate.max_kl=null"))
     return _answer(arguments, points, fit)
 
 

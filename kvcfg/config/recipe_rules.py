@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvcfg.config.drafts import all_layers, draft_layers
-from kvcfg.config.recipes import layers_of, names_layer, resolve_recipe
+from kvcfg.config.recipes import AUTO, finds_formats, layers_of, names_layer, resolve_recipe
 from kvcfg.config.rulebook import DRAFT_KEYS, FORMAT_KEYS, Rulebook
 from kvcfg.errors import Problem, nearest, one_of
 from kvcfg.formats import CENTRED, FORMATS, PACKED_MULTIPLE, STORED_SCALES, Format
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvcfg.config.experiment import ExperimentConfig
 
 RECIPE_KEYS = (*FORMAT_KEYS, "quantization.granularity", "quantization.scale_source", "model.dtype")
+FOUND_KEYS = ("quantization.key_format", "quantization.value_format")
 RECIPE_RULES = Rulebook()
 
 
@@ -29,7 +30,7 @@ def formats_exist(experiment: ExperimentConfig) -> Iterator[Problem]:
             if (name := getattr(item, field)) is not None:
                 named[f"quantization.layers.{place}.{field}"] = name
     for key, name in named.items():
-        if name.lower() not in FORMATS:
+        if name.lower() not in FORMATS and (name != AUTO or key not in FOUND_KEYS):
             close = nearest(name, list(FORMATS))
             yield Problem(key, one_of(list(FORMATS)), name, f"{key}={close or 'bfloat16'}")
 
@@ -43,6 +44,21 @@ def formats_agree(experiment: ExperimentConfig) -> Iterator[Problem]:
         if cache_format is not None and name.lower() != cache_format.lower():
             rule = f"must be null or equal to cache.kv_cache_format={cache_format}, which says it for keys and values"
             yield Problem(key, rule, name, "cache.kv_cache_format=null")
+
+
+@RECIPE_RULES.rule(*FOUND_KEYS, "quantization.layers")
+def formats_are_found_for_all(experiment: ExperimentConfig) -> Iterator[Problem]:
+    """Where formats are to be found, they are found for keys and values of all layers together."""
+    if not finds_formats(experiment):
+        return
+    asked = experiment.quantization
+    for key, name in zip(FOUND_KEYS, (asked.key_format, asked.value_format), strict=True):
+        if name != AUTO:
+            rule = f"must be {AUTO} too: formats of keys and values are found together"
+            yield Problem(key, rule, name, f"{key}={AUTO}")
+    if asked.layers is not None:
+        rule = f"must be null for quantization={AUTO}, which finds the formats of all layers"
+        yield Problem("quantization.layers", rule, ..., "quantization.layers=null")
 
 
 @RECIPE_RULES.rule(*RECIPE_KEYS)

@@ -10,10 +10,15 @@ from kvcfg.config.model import LayerGroup, ModelConfig
 from kvcfg.config.presets import preset_values
 from kvcfg.config.quantization import LayerFormat, QuantizationConfig
 from kvcfg.dtypes import DType
+from kvcfg.errors import ConfigError, Problem
 from kvcfg.formats import CENTRED, FORMATS, STORED_SCALES, Format, Recipe, Transform
 
 if TYPE_CHECKING:
     from kvcfg.config.experiment import ExperimentConfig
+
+
+AUTO = "auto"
+"""Format of keys and of values that `kvcfg fit` is to find for every layer."""
 
 
 class StoredLayers(NamedTuple):
@@ -29,12 +34,24 @@ class StoredLayers(NamedTuple):
 
 
 def resolve_recipe(experiment: ExperimentConfig) -> Recipe:
-    """The recipe of layers that keep keys and values of every token and have no format of their own."""
+    """The recipe of layers that keep keys and values of every token and have no format of their own.
+
+    Raises:
+        ConfigError: if formats are still to be found.
+    """
     asked = experiment.quantization
+    if finds_formats(experiment):
+        rule = f"is found by measuring; first run kvcfg fit quantization={AUTO} gate.max_kl=0.005, which prints formats"
+        raise ConfigError(Problem("quantization.key_format", rule, AUTO, "quantization=bits4"))
     default = experiment.cache.kv_cache_format or experiment.model.dtype
     return _recipe(
         asked, FORMATS[(asked.key_format or default).lower()], FORMATS[(asked.value_format or default).lower()]
     )
+
+
+def finds_formats(experiment: ExperimentConfig) -> bool:
+    """Whether formats are to be found for every layer, so that nothing but `kvcfg fit` can run."""
+    return AUTO in (experiment.quantization.key_format, experiment.quantization.value_format)
 
 
 def stored_layers(experiment: ExperimentConfig) -> list[StoredLayers]:
@@ -106,7 +123,7 @@ def _measured() -> frozenset[Recipe]:
     return frozenset(
         _recipe(asked, FORMATS[asked.key_format], FORMATS[asked.value_format])
         for asked in presets
-        if asked.key_format and asked.value_format
+        if asked.key_format in FORMATS and asked.value_format in FORMATS
     )
 
 

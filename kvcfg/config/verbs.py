@@ -24,11 +24,21 @@ class PlanOptions(Config):
     """What is printed: a table to read, or json alone."""
 
 
+class FitGateOptions(Config):
+    """What formats that `kvcfg fit quantization=auto` finds must keep to."""
+
+    max_kl: float | None = Field(None, gt=0)
+    """Largest mean KL divergence to the full-precision cache, in nats. null = the least that fits in memory."""
+
+
 class FitOptions(Config):
-    """`kvcfg fit`: what would make a workload fit."""
+    """`kvcfg fit`: what would make a workload fit, or which formats suit each layer."""
 
     output: Output = "table"
     """What is printed: a table to read, or json alone."""
+
+    gate: FitGateOptions = Field(default_factory=FitGateOptions)
+    """Limits for quantization=auto."""
 
 
 class GateOptions(Config):

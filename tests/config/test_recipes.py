@@ -10,7 +10,7 @@ from kvcfg.config.recipes import is_measured, needs_calibration, resolve_recipe,
 from kvcfg.errors import ConfigError
 
 LAYERS = "quantization.layers"
-PRESETS = [name for name in preset_values("quantization") if name != "default"]
+PRESETS = [name for name in preset_values("quantization") if name not in ("default", "auto")]
 
 
 @pytest.mark.parametrize("name", PRESETS)
