@@ -1,4 +1,4 @@
-# make demo    install what is pinned into .venv, fetch the model, measure three formats, print one table
+# make demo    install what is pinned into .venv, fetch the model, measure four formats, print one table
 # make test    lint, types, tests: what .ci/run calls
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test clean
 
 demo: $(STAMP)
-	$(BIN)/kvcfg eval cache.kv_cache_format=bfloat16,float8_e4m3fn,int8 -m
+	$(BIN)/kvcfg eval cache.kv_cache_format=bfloat16,float8_e4m3fn,int8,gauss4 -m
 
 test: $(STAMP)
 	$(BIN)/ruff check .
