@@ -50,9 +50,10 @@ def draw(rows: Sequence[Row], path: Path, page_size: int = 64) -> None:
         _points(axes, own)
     panels[0].set_ylabel("KL to the full-precision cache, nats per prediction (log)", color=_INK)
     panels[0].legend(frameon=False, fontsize=9, loc="lower left", labelcolor=_INK)
-    predictions = max((row.num_predictions for row in shown), default=0)
+    counts = sorted({row.num_predictions for row in shown}) or [0]
+    predictions = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
     figure.suptitle(
-        f"Loss and size of KV caches, pages of {page_size}, {predictions:,} predictions a point; lower left is better",
+        f"Loss and size of KV caches, pages of {page_size}, {predictions} predictions a point; lower left is better",
         x=0.01, ha="left", fontsize=11, color=_INK,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
