@@ -31,6 +31,9 @@ from kvcfg.version import __version__
 
 _log = logging.getLogger("kvcfg")
 
+_NAMED_FORMATS = 3
+"""Formats that a row names one by one; where layers have more, their number stands for them."""
+
 _LIBRARIES = ("torch", "transformers", "hydra-core", "omegaconf", "pydantic")
 
 
@@ -62,7 +65,8 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         _warn_of_known_text(experiment)
     params = pages.params
     recipes = list(dict.fromkeys(group.storage for group in params.params if group.stores_pages))
-    format_name = "+".join(dict.fromkeys(recipe.format_name for recipe in recipes))
+    names = list(dict.fromkeys(recipe.format_name for recipe in recipes))
+    format_name = "+".join(names) if len(names) <= _NAMED_FORMATS else f"{len(names)} formats"
     title = f"{format_name} on {experiment.model.name}, pages of {params.page_size}"
     with evaluating(model), progress_bar(title, workload.num_windows + 2) as step_done:
         agreement = compare(model, windows, candidate, step_done)

@@ -20,7 +20,8 @@ class ResultRow:
     device: str
     """Where it ran: cpu, or the name of the GPU."""
     format: str
-    """Element format; keys/values where they differ, and `+` between those of different layers."""
+    """Element format; keys/values where they differ, and `+` between those of different layers, unless
+    there are more than three."""
     recipe: str
     """How pages are stored, in words."""
     page_size: int
