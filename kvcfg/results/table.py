@@ -48,7 +48,7 @@ def _cells(row: ResultRow) -> tuple[str, ...]:
         f"{row.format}{' *' * row.experimental}",
         str(row.page_size),
         bytes_per_token if same else f"{bytes_per_token} (allocated {readable_count(row.bytes_per_token_allocated)})",
-        f"{row.bits_per_element:g}",
+        f"{row.bits_per_element:.4g}",
         f"{row.ppl:.3f}",
         f"{row.kl:.2e}",
         f"{low:.1e}..{high:.1e}",
