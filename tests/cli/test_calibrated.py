@@ -7,42 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kvcfg.cli import main
 from kvcfg.integrations.calibration import load_calibration
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = [f"word{index}" for index in range(60)]
-
-
-def save_model(folder: Path) -> Path:
-    """A random model of five layers, and a tokenizer that knows 60 words."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=WORDS[0]))
-    words.pre_tokenizer = Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 5}
-    config = transformers.LlamaConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=256
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def command(save_model: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What calibrates the small model on a small text."""
     monkeypatch.setenv("KVCFG_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(" ".join(WORDS[index * index % 59] for index in range(400)))
-    model = save_model(tmp_path / "small")
-    text = ["workload.text=text.txt", "workload.first_token=16", "workload.window_tokens=128"]
+    model = save_model(tmp_path / "small", 5)
+    text = [f"workload.text={text_file.name}", "workload.first_token=16", "workload.window_tokens=128"]
     return ["calibrate", "model=hf", f"model.path={model}", "devices=cpu", *text]
 
 
@@ -92,9 +70,9 @@ def test_sweep_that_would_write_one_file_twice_is_refused(
 
 
 def test_sweep_over_models_writes_a_file_for_each(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    save_model: Any, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = save_model(tmp_path / "other")
+    other = save_model(tmp_path / "other", 5)
     models = f"model.path={tmp_path / 'small'},{other}"
     sweep = [word for word in command if not word.startswith("model.path")]
     assert main([*sweep, models, "output=json", "-m"]) == 0
