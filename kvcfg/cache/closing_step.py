@@ -49,19 +49,28 @@ class Closing(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosingStep(GroupStep):
-    """Where a group whose pages close reads and writes; `slots` and `stored` are those of tokens that stay open.
+    """Where a group whose pages close reads and writes.
+
+    `slots` and `stored` are those of the tokens that rings have room for, so that tokens of a page that closes in the
+    step can still be read open: the step's queries do. `in_place` where that is so for all of them.
 
     Attributes:
         open_slots: `[n]` int64, slots of the open tokens before the step, sequence after sequence.
         opened: per sequence, how many there are.
         closing: pages that close in the step.
         segments: per sequence, its queries by what they read closed.
+        closed: int32 `[num_sequences]`, tokens of each sequence that were closed before the step.
+        open_rows: int32 `[num_sequences]`, first page of each sequence's ring among open pages.
+        ring_tokens: slots of a ring.
     """
 
     open_slots: Tensor
     opened: tuple[Span, ...]
     closing: tuple[Closing, ...]
     segments: tuple[tuple[Segment, ...], ...]
+    closed: Tensor
+    open_rows: Tensor
+    ring_tokens: int
 
 
 def closing_step(
@@ -89,16 +98,18 @@ def closing_step(
     """
     past, open_slots, slots, stored = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     closing, segments, ring, offset = list[Closing](), list[tuple[Segment, ...]](), ring_pages * page_size, 0
+    in_place = True
     for number, (row, start, count, before) in enumerate(zip(rows, starts, counts, closed, strict=True)):
         after = max(before, (start + count - horizon) // page_size)
         past.append(pages[number, :before])
         open_slots.append(row * ring + torch.arange(before * page_size, start) % ring)
         if after > before:
             closing.append(Closing(number, row, after, pages[number, before:after]))
-        kept = torch.arange(max(start, after * page_size), start + count)
+        kept = torch.arange(max(start, start + count - ring), start + count)
         slots.append(row * ring + kept % ring)
         stored.append(kept - start + offset)
         segments.append(_segments(start, count, before, page_size, horizon))
+        in_place = in_place and len(segments[-1]) <= 1 and start + count - before * page_size <= ring
         offset += count
     whole = [before * page_size for before in closed]
     return ClosingStep(
@@ -111,6 +122,10 @@ def closing_step(
         opened=whole_spans([start - tokens for start, tokens in zip(starts, whole, strict=True)]),
         closing=tuple(closing),
         segments=tuple(segments),
+        in_place=in_place,
+        closed=torch.tensor(whole, dtype=torch.int32),
+        open_rows=torch.tensor([row * ring_pages for row in rows], dtype=torch.int32),
+        ring_tokens=ring,
     )
 
 

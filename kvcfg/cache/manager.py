@@ -29,6 +29,7 @@ from kvcfg.cache.replica import CacheOptions, CacheReplica, Calibration
 from kvcfg.cache.replicas import borrow, settle
 from kvcfg.cache.step import GroupStep, Step
 from kvcfg.cache.storage import KeysValues, PagedStorage
+from kvcfg.cache.view import LayerView
 from kvcfg.errors import ShapeError
 from kvcfg.group_params import split_into_groups
 from kvcfg.params import MultiKVCacheParams
@@ -320,6 +321,28 @@ class KVCacheManager:
         storage, place, layout = self._target(step, layer, keys)
         storage.write(place, layout, keys, keys[..., :0] if values is None else values)
 
+    def layer_view(self, step: Step, layer: int, *, shard: int = 0, value_dim: int | None = None) -> LayerView:
+        """What attention may read in place of a layer, once `write` has stored the step's tokens in it.
+
+        Args:
+            step: from `lay_out`.
+            layer: index over all groups.
+            shard: tensor parallel shard, whose heads are seen.
+            value_dim: for MLA, how many numbers of the latent are read as value (its rank).
+
+        Returns:
+            A view that is good until the layer's next tokens are stored. Ask for it before, and use `append` if it is
+            not `in_place`.
+
+        Raises:
+            ShapeError: if the layer keeps no pages or takes no part in the step, or a latent's rank is missing.
+        """
+        group, place = self._place(layer)
+        storage, layout = self._stored_in(step, layer)
+        tables = step.shards[shard].lookup[group]
+        assert tables is not None
+        return storage.view(place, layout, tables.view(torch.int32), shard=shard, value_dim=value_dim)
+
     def view(self, seq_id: SeqId, layer: int, dtype: torch.dtype = torch.float32) -> KeysValues:
         """What the next query of a sequence sees of its committed tokens in one layer, as stored.
 
@@ -425,14 +448,19 @@ class KVCacheManager:
 
     def _target(self, step: Step, layer: int, keys: Tensor) -> tuple[PagedStorage, int, GroupStep]:
         """Where a step meets a layer: the bytes of its group, its place there, and the layout of the step in it."""
-        group, place = self._place(layer)
+        storage, layout = self._stored_in(step, layer)
+        if len(keys) != sum(step.num_tokens):
+            raise ShapeError(f"the step has {sum(step.num_tokens)} tokens, got {len(keys)}")
+        return storage, self._place(layer)[1], layout
+
+    def _stored_in(self, step: Step, layer: int) -> tuple[PagedStorage, GroupStep]:
+        """The bytes of a layer's group, and the layout of a step in it."""
+        group, _ = self._place(layer)
         storage, layout = self._home(step.seq_ids[0]).storages[group], step.groups[group]
         if layout is None:
             raise ShapeError(f"layer {layer} has a window and takes no part in a step ahead of what is committed")
-        if len(keys) != sum(step.num_tokens):
-            raise ShapeError(f"the step has {sum(step.num_tokens)} tokens, got {len(keys)}")
         assert storage is not None
-        return storage, place, layout
+        return storage, layout
 
     def _lookahead(self, num_new_tokens: int, num_draft_tokens: int | None) -> int:
         drafts = self.params.num_draft_tokens if num_draft_tokens is None else num_draft_tokens

@@ -101,6 +101,12 @@ class PageTables:
         held = self._rows[table]
         return held[rows, columns % held.shape[1]].long()
 
+    def columns(self, group: int) -> int:
+        """Columns of the table of a group with pages."""
+        table = self.table_of[group]
+        assert table is not None
+        return self._rows[table].shape[1]
+
     def load(self, rows: Sequence[int], lengths: Sequence[int], num_columns: int | None = None) -> list[BatchTables]:
         """Copy the rows of a batch to every shard; valid until the next call but one.
 

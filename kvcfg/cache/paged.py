@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kvcfg.cache.replica import CacheOptions, CacheReplica, Calibration
-from kvcfg.cache.step import Step, first_seen
+from kvcfg.cache.step import GroupStep, Step, first_seen
 from kvcfg.cache.storage import KeysValues, PagedStorage, Part
+from kvcfg.cache.view import LayerView
 from kvcfg.errors import CapacityError, ShapeError
 from kvcfg.params import MultiKVCacheParams
 
@@ -125,17 +126,40 @@ class PagedKVCache:
             ShapeError: if batch, tokens, heads or widths differ from what the cache was built or begun with, or the
                 tokens go on over the end of a page that closes.
         """
-        storage, group, index = self._place(layer)
-        batch_size, _, num_tokens, _ = keys.shape
-        self._begin(batch_size)
-        layout = self._step_of(layer, num_tokens).groups[group]
-        assert layout is not None
+        storage, _, index = self._place(layer)
+        layout, _ = self._meet(layer, keys)
         parts = storage.append(index, layout, _by_token(keys), _by_token(values))
-        self._stored[layer] += num_tokens
-        if all(self._stored[other] == self._stored[layer] for other in self._storing):
-            self._commit()
-        seen = [_by_sequence(part, batch_size) for part in parts]
+        self._count(layer, keys.shape[2])
+        seen = [_by_sequence(part, keys.shape[0]) for part in parts]
         return KeysValues(torch.cat([item.keys for item in seen], 2), torch.cat([item.values for item in seen], 2))
+
+    def write(
+        self, layer: int, keys: Tensor, values: Tensor, *, value_dim: int | None = None
+    ) -> LayerView | KeysValues:
+        """Store new tokens of every sequence, for attention that reads pages where they lie.
+
+        Args:
+            layer: index in the model, as for `append`.
+            keys: `[batch_size, n_kv_heads, num_tokens, head_dim]`, any float dtype.
+            values: `[batch_size, n_kv_heads, num_tokens, value_dim]`.
+            value_dim: for MLA, how many numbers of the latent are read as value (its rank).
+
+        Returns:
+            What their queries may read, until the layer's next tokens are stored. Where they see what cannot be read
+            in place (`LayerView.in_place`), or heads are split over shards, what `append` returns.
+
+        Raises:
+            CapacityError: as `append`.
+            ShapeError: as `append`, or if a latent's rank is missing.
+        """
+        storage, _, index = self._place(layer)
+        layout, tables = self._meet(layer, keys)
+        view = storage.view(index, layout, tables, value_dim=value_dim)
+        if not view.in_place or len(storage.shards) > 1:
+            return self.append(layer, keys, values)
+        storage.write(index, layout, _by_token(keys), _by_token(values))
+        self._count(layer, keys.shape[2])
+        return view
 
     def truncate(self, length: int) -> None:
         """Take back the last tokens of every sequence, so that `length` are left.
@@ -167,6 +191,21 @@ class PagedKVCache:
         storage = self.replica.storages[group]
         assert storage is not None
         return storage, group, index
+
+    def _meet(self, layer: int, keys: Tensor) -> tuple[GroupStep, Tensor]:
+        """Where a layer reads and writes in its next step, and the page tables that it reads by."""
+        _, group, _ = self._place(layer)
+        self._begin(keys.shape[0])
+        step = self._step_of(layer, keys.shape[2])
+        layout, tables = step.groups[group], step.shards[0].lookup[group]
+        assert layout is not None and tables is not None
+        return layout, tables.view(torch.int32)
+
+    def _count(self, layer: int, num_tokens: int) -> None:
+        """Count tokens that a layer has stored; the last layer ends the step."""
+        self._stored[layer] += num_tokens
+        if all(self._stored[other] == self._stored[layer] for other in self._storing):
+            self._commit()
 
     def _begin(self, batch_size: int) -> None:
         if self.batch_size == batch_size:

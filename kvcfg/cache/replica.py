@@ -266,7 +266,8 @@ class CacheReplica:
             self._befores[seq_id][place] if seq_id in self._befores else after
             for seq_id, after in zip(seq_ids, afters, strict=True)
         ]
-        return windowed_step(group, self._null_pages[place], befores, afters, starts, num_tokens)
+        columns = self.tables.columns(place)
+        return windowed_step(group, self._null_pages[place], befores, afters, starts, num_tokens, columns)
 
     def copy(self, copies: Sequence[PageCopy], origin: CacheReplica | None = None) -> None:
         """Copy pages byte for byte, within this replica or from another one."""

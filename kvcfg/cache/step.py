@@ -38,6 +38,8 @@ class GroupStep:
         slots: `[num_stored]` int64, where tokens of the step are stored.
         stored: `[num_stored]` int64, which of them; None = all. A windowed group keeps only those that a later
             query can see.
+        in_place: whether all that the step's queries see is in the pages once its tokens are stored. A windowed
+            group may need pages for new tokens that hold what the first queries of the step still see.
     """
 
     past_pages: Tensor
@@ -45,6 +47,7 @@ class GroupStep:
     fresh: tuple[Span, ...]
     slots: Tensor
     stored: Tensor | None
+    in_place: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ def windowed_step(
     afters: Sequence[PageTable],
     starts: Sequence[int],
     counts: Sequence[int],
+    columns: int,
 ) -> GroupStep:
     """Where a windowed group reads and writes.
 
@@ -108,15 +112,18 @@ def windowed_step(
         afters: per sequence its pages since.
         starts: per sequence, tokens stored before.
         counts: per sequence, tokens of the step.
+        columns: of the group's page table, in which page n stands in column `n % columns`.
     """
     size = group.page_size
-    past, spans = list[int](), list[Span]()
+    past, spans, given_up, fits = list[int](), list[Span](), set[int](), True
     slots, stored, offset = list[Tensor](), list[Tensor](), 0
     for before, after, start, count in zip(befores, afters, starts, counts, strict=True):
         seen = first_seen(group, start)
         first, end = seen // size, ceil_div(start, size)
         pages = before.pages[first - before.first : end - before.first]
         past += pages
+        given_up.update(pages[: max(0, after.first - first)])
+        fits = fits and ceil_div(start + count, size) - first <= columns
         spans.append(Span(seen - first * size, start - seen, len(pages) * size))
         begin = max(start, after.first * size)
         held = torch.tensor(after.pages[begin // size - after.first :], dtype=torch.int64)
@@ -125,8 +132,9 @@ def windowed_step(
         slots.append(places[kept])
         stored.append(torch.arange(offset + begin - start, offset + count)[kept])
         offset += count
-    seen_pages = torch.tensor(past, dtype=torch.int64)
-    return GroupStep(seen_pages, tuple(spans), whole_spans(counts), torch.cat(slots), torch.cat(stored))
+    seen_pages, written = torch.tensor(past, dtype=torch.int64), torch.cat(slots)
+    in_place = fits and len(written) == sum(counts) and given_up.isdisjoint((written // size).tolist())
+    return GroupStep(seen_pages, tuple(spans), whole_spans(counts), written, torch.cat(stored), in_place)
 
 
 def whole_spans(counts: Sequence[int]) -> tuple[Span, ...]:

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcfg.cache.layout import page_layout, value_width
 from kvcfg.cache.step import GroupStep, Span
+from kvcfg.cache.view import LayerPages, LayerView
 from kvcfg.errors import ShapeError
 from kvcfg.formats.codec import Codec, Encoded, LayerCalibration, clip_rate
 from kvcfg.params import KVCacheParams
@@ -73,6 +75,7 @@ class PagedStorage:
             _Shard(params, num_pages, device, [_of_heads(item, heads) for item in calibrated or ()])
             for device, heads in zip(devices, self._heads, strict=True)
         ]
+        self._layer_pages: dict[tuple[int, int, int], LayerPages] = {}
         self._readers = [self._heads.index(heads) for heads in dict.fromkeys(self._heads)]
 
     @property
@@ -89,6 +92,36 @@ class PagedStorage:
     def clip_rate(self) -> float:
         """Share of the numbers stored so far that were cut off, where scales do not follow them; else 0."""
         return clip_rate([codec for shard in self.shards for pair in shard.codecs for codec in pair])
+
+    def view(
+        self, layer: int, step: GroupStep, tables: Tensor, *, shard: int = 0, value_dim: int | None = None
+    ) -> LayerView:
+        """What attention may see of a layer in a step.
+
+        Args:
+            layer: index within the group, in `[0, num_layers)`.
+            step: where the group reads and writes.
+            tables: `[num_sequences, columns]` int32, the group's page tables of the step.
+            shard: tensor parallel shard.
+            value_dim: for MLA, how many numbers of the latent are read as value (its rank).
+
+        Raises:
+            ShapeError: if a latent's rank is missing or too large.
+        """
+        return LayerView(self, layer, shard, tables, step, value_width(self.params, value_dim))
+
+    def layer_pages(self, layer: int, shard: int, value_dim: int) -> LayerPages:
+        """The pages of one layer on one shard, as kernels are told of them; made once."""
+        place = (layer, shard, value_dim)
+        found = self._layer_pages.get(place)
+        if found is None:
+            layout = page_layout(self.params, value_dim)
+            ints = () if layout is None else tuple(layout.ints())
+            keys, values = self.shards[shard].codecs[layer]
+            codecs = (keys, keys if self.params.is_mla else values)
+            found = LayerPages(self.shards[shard].arena[layer], layout, ints, _levels(codecs), _head_scales(codecs))
+            self._layer_pages[place] = found
+        return found
 
     def encode(self, layer: int, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
         """Tokens, or whole pages where they close, as every shard stores them; the inputs are left unchanged.
@@ -252,6 +285,21 @@ class _Shard:
         parts = [nothing if region is None else gather(region) for region in self._regions]
         key_elements, value_elements, key_scales, value_scales = parts
         return EncodedTokens(Encoded(key_elements, key_scales), Encoded(value_elements, value_scales))
+
+
+def _levels(codecs: Sequence[Codec]) -> Tensor | None:
+    levels = [codec.levels for codec in codecs]
+    if not any(item is not None and len(item) == 16 for item in levels):
+        return None
+    return torch.stack([torch.zeros(16) if item is None or len(item) != 16 else item for item in levels])
+
+
+def _head_scales(codecs: Sequence[Codec]) -> Tensor | None:
+    scales = [codec.fixed_scales for codec in codecs]
+    if all(item is None for item in scales):
+        return None
+    ones = torch.ones(codecs[0].n_heads)
+    return torch.stack([ones if item is None else item.flatten().to(torch.float32) for item in scales])
 
 
 def _in_page_order(tokens: EncodedTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:

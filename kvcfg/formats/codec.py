@@ -146,6 +146,16 @@ class Codec:
         self._watches = side.element_format.scaled and self._scales is None
         self.clipped, self.encoded = torch.zeros((), dtype=torch.int64), 0
 
+    @property
+    def levels(self) -> Tensor | None:
+        """The float32 numbers of the codes of a format of few bits, by code; None of other formats."""
+        return self._codec.levels if isinstance(self._codec, Codebook) else None
+
+    @property
+    def fixed_scales(self) -> Tensor | None:
+        """Calibrated scales `[n_heads, 1]` that are not stored; None where they are stored, or 1."""
+        return self._fixed
+
     def encode(self, numbers: Tensor) -> Encoded:
         """Quantize `[n, tokens, n_heads, dim]` of any float dtype; the input is left unchanged."""
         if self._centring is None:
@@ -160,6 +170,8 @@ class Codec:
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
         """Stored bytes back to numbers `[n, tokens, n_heads, dim]` in `dtype`."""
+        if self.dim == 0:  # bytes without columns cannot be viewed as wider elements
+            return encoded.elements.new_empty((len(encoded.elements), *self._shape), dtype=dtype)
         if self._centring is None:
             return self._decode(encoded).to(dtype)
         scales, means, sink_elements, sink_scales = encoded.scales.split(self._scale_parts, dim=1)

@@ -7,11 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SOURCES = {".py", ".cpp", ".h"}
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 HOST = """
 import hydra
@@ -43,22 +48,37 @@ lr: 0.1
 """
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed wheel and nothing else of the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+
+def copy_checkout(folder: Path) -> Path:
     source = folder / "source"
     for name in ("conf", "hydra_plugins", "kvcfg", "scripts"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "setup.py"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)], check=True
-    )
-    target = folder / "site"
+    return source
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """A wheel of a copy of the checkout."""
+    source = copy_checkout(folder)
+    command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(command, env={**os.environ, **environment}, check=True)
     [wheel] = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path) -> Path:
+    """A folder with the installed wheel and nothing else of the checkout."""
+    target = wheel.parent / "site"
+    subprocess.run([*PIP, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
     return target
 
 
@@ -72,10 +92,10 @@ def host(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+def run(site: Path, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    everything = {**os.environ, "PYTHONPATH": str(site), **environment}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *arguments], cwd=folder, env=everything, capture_output=True, text=True, check=False
     )
 
 
@@ -111,3 +131,42 @@ def test_rule_is_told_with_the_hosts_own_key(site: Path, host: Path) -> None:
 def test_own_groups_of_the_application_stay_its_own(site: Path, host: Path) -> None:
     done = run(site, host, "train.py", "optimizer=adam")
     assert done.returncode == 1 and "sgd" in done.stderr
+
+
+def test_wheel_holds_every_module_and_source(wheel: Path) -> None:
+    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kvcfg").rglob("*") if path.suffix in SOURCES}
+    assert not ours - set(zipfile.ZipFile(wheel).namelist())
+
+
+@needs_compiler
+def test_wheel_with_kernels_says_which_platform_they_are_for(wheel: Path) -> None:
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+
+
+@needs_compiler
+def test_kernels_of_the_wheel_need_no_compiler(site: Path, tmp_path: Path) -> None:
+    code = (
+        "from kvcfg.kernels.cpu.build import kernels\n"
+        "from kvcfg.kernels.cpu.loader import load_kernel\n"
+        "print(*(load_kernel(name)._name for name in kernels()))\n"
+    )
+    done = run(site, tmp_path, "-c", code, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    loaded = [Path(name) for name in done.stdout.split()]
+    assert {path.parent for path in loaded} == {site / "kvcfg" / "kernels" / "cpu"}
+    assert [path.name.split("-")[0] for path in loaded] == ["hash_chain", "page_core", "pages"]
+
+
+def test_wheel_made_without_a_compiler_is_pure(tmp_path: Path) -> None:
+    pure = build_wheel(tmp_path, CXX="no-such-compiler")
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(pure).namelist() if name.endswith(".so")]
+
+
+def test_editable_install_compiles_nothing_ahead(tmp_path: Path) -> None:
+    source = copy_checkout(tmp_path)
+    command = [*PIP, "install", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    subprocess.run([*command, "--editable", str(source)], check=True)
+    assert list((tmp_path / "site").glob("*kvcfg*"))
+    assert not list(tmp_path.rglob("*.so"))

@@ -15,6 +15,7 @@ LAYERS = (
     {"kvcfg.cli", "kvcfg.scripts", "kvcfg.__main__", "kvcfg"},
     {"kvcfg.evaluation"},
     {"kvcfg.results", "kvcfg.integrations"},
+    {"kvcfg.attention"},
     {"kvcfg.cache"},
     {"kvcfg.formats.*", "kvcfg.kernels"},
     {"kvcfg.planning", "kvcfg.composition"},
@@ -27,7 +28,14 @@ LAYERS = (
 ALLOWED_IN = {
     "hydra": {"kvcfg.composition", "kvcfg.config.structured", "kvcfg.cli"},
     "omegaconf": {"kvcfg.composition", "kvcfg.config.structured", "kvcfg.cli"},
-    "torch": {"kvcfg.formats.*", "kvcfg.kernels", "kvcfg.cache", "kvcfg.integrations", "kvcfg.evaluation"},
+    "torch": {
+        "kvcfg.formats.*",
+        "kvcfg.kernels",
+        "kvcfg.cache",
+        "kvcfg.attention",
+        "kvcfg.integrations",
+        "kvcfg.evaluation",
+    },
     "transformers": {"kvcfg.integrations", "kvcfg.evaluation"},
     "pydantic": {"kvcfg.config", "kvcfg.composition"},
     "pydantic_core": {"kvcfg.config", "kvcfg.composition"},

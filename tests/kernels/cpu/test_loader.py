@@ -7,9 +7,12 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from kvcfg.kernels.cpu import build, loader
 
 CODE = (
     "from array import array\n"
@@ -34,6 +37,13 @@ def run(cache: Path, **environment: str) -> tuple[str, str]:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out.strip(), err.strip()
+
+
+def script(path: Path, what: str) -> Path:
+    """A compiler that says who it is, and else does what is told here."""
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{what}\n')
+    path.chmod(0o755)
+    return path
 
 
 def libraries(cache: Path) -> list[Path]:
@@ -93,12 +103,111 @@ def test_without_a_compiler_the_reason_is_said_once(tmp_path: Path) -> None:
     )
 
 
+def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out, err = run(tmp_path / "file", CXX=sys.executable)
+    assert out == "none"
+    assert err.endswith("set XDG_CACHE_HOME to a folder that you can write")
+
+
+@needs_compiler
+def test_after_an_interrupted_compilation_the_next_process_compiles(tmp_path: Path) -> None:
+    slow = script(tmp_path / "cxx", "exec sleep 5")
+    process = start(tmp_path, CXX=str(slow))
+    folder = tmp_path / "kvcfg" / "kernels"
+    while not (folder.is_dir() and libraries(tmp_path)):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    out, err = run(tmp_path)
+    assert (len(out), err) == (64, "")
+
+
 @needs_compiler
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path) -> None:
-    broken = tmp_path / "cxx"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "disk is full" >&2\nexit 1\n')
-    broken.chmod(0o755)
+    broken = script(tmp_path / "cxx", 'echo "disk is full" >&2\nexit 1')
     out, err = run(tmp_path, CXX=str(broken))
     assert out == "none"
     assert err.endswith("disk is full")
     assert libraries(tmp_path) == []
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of sources of a kernel `many`, in a place of its own with an empty cache."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "number.h").write_text("#pragma once\nint number();\ninline int more() { return 2; }\n")
+    (folder / "number.cpp").write_text('#include "number.h"\nint number() { return 40; }\n')
+    (folder / "answer.cpp").write_text('#include "number.h"\nextern "C" int answer() { return number() + more(); }\n')
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(loader, "HERE", tmp_path)
+    monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+def answer() -> int | None:
+    library = loader.load_kernel("many")
+    return library and library.answer()
+
+
+@needs_compiler
+def test_a_folder_of_files_becomes_one_library(sources: Path) -> None:
+    assert answer() == 42
+    assert [path.name.split("-")[0] for path in libraries(sources.parent / "cache")] == ["many"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["number.h", "number.cpp"])
+def test_a_change_in_any_file_of_a_folder_is_compiled(sources: Path, name: str) -> None:
+    assert answer() == 42
+    text = (sources / name).read_text()
+    (sources / name).write_text(text.replace("return 40", "return 50").replace("return 2", "return 12"))
+    loader._loaded.clear()
+    assert answer() == 52
+
+
+@needs_compiler
+def test_an_error_in_one_file_of_a_folder_is_quoted_and_leaves_nothing(
+    sources: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sources / "answer.cpp").write_text("void f() {\n  int unused;\n  oops;\n}\n")
+    assert (answer(), answer()) == (None, None)
+    [message] = caplog.messages
+    assert "answer.cpp:3:3: error:" in message and "oops" in message
+    assert libraries(sources.parent / "cache") == []
+
+
+@needs_compiler
+def test_a_library_beside_its_sources_needs_no_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.compile_kernel("many", sources.parent)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert answer() == 42
+    assert not (sources.parent / "cache").exists()
+
+
+@needs_compiler
+def test_a_library_beside_its_sources_is_not_trusted_once_they_differ(sources: Path) -> None:
+    build.compile_kernel("many", sources.parent)
+    (sources / "number.cpp").write_text('#include "number.h"\nint number() { return 50; }\n')
+    assert answer() == 52
+
+
+@needs_compiler
+def test_a_damaged_library_beside_its_sources_is_passed_over(sources: Path) -> None:
+    library = build.compile_kernel("many", sources.parent)
+    library.write_bytes(library.read_bytes()[:-1])
+    assert answer() == 42
+    assert len(libraries(sources.parent / "cache")) == 1
+
+
+@needs_compiler
+def test_a_library_of_another_system_is_compiled_anew(sources: Path) -> None:
+    library = build.compile_kernel("many", sources.parent)
+    library.unlink()
+    made_from = library.stem.rpartition("-")[0]
+    alien = b"MZ: not a library of this system"
+    (sources.parent / f"{made_from}-{build._digest(alien)}.so").write_bytes(alien)
+    assert answer() == 42
+    assert len(libraries(sources.parent / "cache")) == 1

@@ -1,0 +1,242 @@
+// Products of int8 keys and values: four of them a lane and instruction.
+//
+// Queries and weights have 16 bits, in two digits: q = 256 * high + low. An instruction multiplies unsigned by signed
+// bytes. Keys are made unsigned by adding 128, which adds 128 times the sum of a query's digits: it is taken off by
+// starting from minus that. Weights are not negative, so that their digits are unsigned and values stay as they are.
+
+#pragma once
+
+#include "attend_core.h"
+#include "avx512.h"
+
+namespace kvcfg {
+namespace {
+
+struct VnniMath {
+    static constexpr int64_t kPackedBytes = 1, kWeightBytes = 2 * kChunk;
+
+    // A query: high digits | low digits, each rounded up to 64, then what follows.
+    struct Query {
+        float scale;
+        int32_t high_start, low_start;
+    };
+
+    static int64_t plane(int64_t dim) { return round_up(dim, 64); }
+    static int64_t query_bytes(int64_t dim) { return 2 * plane(dim) + 64; }
+    static float code_unit(const AttendCall&, int) { return 1.0f; }
+
+    static void take_query(const AttendCall&, const float* query, int64_t dim, uint8_t* to) {
+        float most = 0, poison = 0;
+        for (int64_t i = 0; i < dim; ++i) {
+            most = __builtin_fabsf(query[i]) > most ? __builtin_fabsf(query[i]) : most;
+            poison += query[i] * 0.0f;
+        }
+        int8_t *high = reinterpret_cast<int8_t*>(to), *low = high + plane(dim);
+        memset(to, 0, query_bytes(dim));
+        const float largest_code = 127 * 256 + 127, factor = most > 0 ? largest_code / most : 0.0f;
+        int32_t high_sum = 0, low_sum = 0;
+        for (int64_t i = 0; i < dim; ++i) {
+            const int32_t code = _mm_cvtss_si32(_mm_set_ss(query[i] * factor)), digit = (code + 128) >> 8;
+            high[i] = static_cast<int8_t>(digit);
+            low[i] = static_cast<int8_t>(code - digit * 256);
+            high_sum += high[i];
+            low_sum += low[i];
+        }
+        const Query query_facts = {most / largest_code + poison, -128 * high_sum, -128 * low_sum};
+        memcpy(to + 2 * plane(dim), &query_facts, sizeof query_facts);
+    }
+
+    // [groups of 16 tokens, dim / 4, 16, 4] unsigned
+    static void pack_keys(const AttendCall&, const uint8_t* const* rows, const uint8_t*, int64_t, int64_t count,
+                          int64_t dim, uint8_t* packed) {
+        const int64_t fours = (dim + 3) / 4;
+        const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+        for (int64_t group = 0; group < count; group += 16) {
+            uint8_t* to = packed + group * fours * 4;
+            for (int64_t begin = 0; begin < dim; begin += 64) {
+                __m512i block[16];
+                for (int i = 0; i < 16; ++i) {
+                    block[i] = _mm512_xor_si512(load_bytes(rows[group + i] + begin, dim - begin), sign);
+                }
+                transpose(block);
+                const int64_t units = less(16, fours - begin / 4);
+                if (units == 16) {
+                    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (begin / 4 + i) * 64, block[i]);
+                } else {
+                    for (int i = 0; i < units; ++i) _mm512_storeu_si512(to + (begin / 4 + i) * 64, block[i]);
+                }
+            }
+        }
+    }
+
+    // [tokens / 4, dim / 64, 4, 16, 4]: of each 64 numbers, vector j holds those 16 * lane + 4 * j + 0..3 of four tokens
+    static void pack_values(const AttendCall&, const uint8_t* const* rows, const uint8_t*, int64_t, int64_t count,
+                            int64_t dim, uint8_t* packed) {
+        const int64_t width = plane(dim);
+        for (int64_t token = 0; token < count; token += 4) {
+            uint8_t* to = packed + token * width;
+            for (int64_t begin = 0; begin < dim; begin += 64, to += 256) {
+                __m512i four[4];
+                for (int i = 0; i < 4; ++i) four[i] = load_bytes(rows[token + i] + begin, dim - begin);
+                const __m512i low_a = _mm512_unpacklo_epi8(four[0], four[1]), high_a = _mm512_unpackhi_epi8(four[0], four[1]);
+                const __m512i low_b = _mm512_unpacklo_epi8(four[2], four[3]), high_b = _mm512_unpackhi_epi8(four[2], four[3]);
+                _mm512_storeu_si512(to, _mm512_unpacklo_epi16(low_a, low_b));
+                _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi16(low_a, low_b));
+                _mm512_storeu_si512(to + 128, _mm512_unpacklo_epi16(high_a, high_b));
+                _mm512_storeu_si512(to + 192, _mm512_unpackhi_epi16(high_a, high_b));
+            }
+        }
+    }
+
+    template <int kRows, int kTiles>
+    static void score_tile(const uint8_t* queries, int64_t dim, const uint8_t* keys, const float* scales, float* scores) {
+        const int64_t fours = (dim + 3) / 4;
+        __m512i high[kRows][kTiles], low[kRows][kTiles];
+        Query facts[kRows];
+        const uint8_t* from[kRows];
+        for (int r = 0; r < kRows; ++r) {
+            from[r] = queries + r * query_bytes(dim);
+            memcpy(facts + r, from[r] + 2 * plane(dim), sizeof(Query));
+            for (int t = 0; t < kTiles; ++t) {
+                high[r][t] = _mm512_set1_epi32(facts[r].high_start);
+                low[r][t] = _mm512_set1_epi32(facts[r].low_start);
+            }
+        }
+        const int64_t low_plane = plane(dim), tile_bytes = fours * 64;
+        for (int64_t i = 0; i < fours; ++i) {
+            __m512i key[kTiles];
+            for (int t = 0; t < kTiles; ++t) key[t] = _mm512_loadu_si512(keys + t * tile_bytes + i * 64);
+            for (int r = 0; r < kRows; ++r) {
+                int32_t digits[2];
+                memcpy(digits, from[r] + i * 4, 4);
+                memcpy(digits + 1, from[r] + low_plane + i * 4, 4);
+                const __m512i high_digits = _mm512_set1_epi32(digits[0]), low_digits = _mm512_set1_epi32(digits[1]);
+                for (int t = 0; t < kTiles; ++t) {
+                    high[r][t] = _mm512_dpbusd_epi32(high[r][t], key[t], high_digits);
+                    low[r][t] = _mm512_dpbusd_epi32(low[r][t], key[t], low_digits);
+                }
+            }
+        }
+        for (int r = 0; r < kRows; ++r) {
+            for (int t = 0; t < kTiles; ++t) {
+                const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r][t]), _mm512_set1_ps(256.0f),
+                                                     _mm512_cvtepi32_ps(low[r][t]));
+                const __m512 factor = _mm512_mul_ps(_mm512_loadu_ps(scales + t * 16), _mm512_set1_ps(facts[r].scale));
+                _mm512_storeu_ps(scores + r * kChunk + t * 16, _mm512_mul_ps(whole, factor));
+            }
+        }
+    }
+
+    template <int kRows, class Work_>
+    static void score_rows(Work_& work, int64_t count, int64_t first_row, int64_t row, const float* scales) {
+        const int64_t dim = work.key_dim, token_bytes = (dim + 3) / 4 * 4;
+        const uint8_t* queries = work.queries + (first_row + row) * query_bytes(dim);
+        float* scores = work.scores + row * kChunk;
+        constexpr int kTiles = kRows <= 2 ? 4 : 2;
+        int64_t token = 0;
+        for (; token + 16 * kTiles <= round_up(count, 16); token += 16 * kTiles) {
+            score_tile<kRows, kTiles>(queries, dim, work.packed + token * token_bytes, scales + token, scores + token);
+        }
+        for (; token < count; token += 16) {
+            score_tile<kRows, 1>(queries, dim, work.packed + token * token_bytes, scales + token, scores + token);
+        }
+    }
+
+    template <class Work_>
+    static void score(Work_& work, int64_t count, int64_t first_row, const float* scales) {
+        int64_t row = 0;
+        for (; row + 4 <= work.rows; row += 4) score_rows<4>(work, count, first_row, row, scales);
+        switch (work.rows - row) {
+            case 3: return score_rows<3>(work, count, first_row, row, scales);
+            case 2: return score_rows<2>(work, count, first_row, row, scales);
+            case 1: return score_rows<1>(work, count, first_row, row, scales);
+            default: return;
+        }
+    }
+
+    // High digits | low digits.
+    static void take_weights(const AttendCall&, const float* weights, const float* scales, int64_t count, uint8_t* to,
+                             float* scale) {
+        __m512 most = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+        for (int64_t i = 0; i < count; i += 16) {
+            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(weights + i), _mm512_loadu_ps(scales + i));
+            most = _mm512_max_ps(most, scaled);
+            poison = _mm512_fmadd_ps(scaled, _mm512_setzero_ps(), poison);
+        }
+        const float largest_weight = _mm512_reduce_max_ps(most), largest_code = 255 * 256 + 255;
+        const __m512 factor = _mm512_set1_ps(largest_weight > 0 ? largest_code / largest_weight : 0.0f);
+        for (int64_t i = 0; i < count; i += 16) {
+            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(weights + i), _mm512_loadu_ps(scales + i));
+            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, factor));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, 8)));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kChunk + i), _mm512_cvtepi32_epi8(codes));
+        }
+        *scale = largest_weight / largest_code + _mm512_reduce_add_ps(poison);
+    }
+
+    template <int kRows, int kTiles>
+    static void weigh_tile(const uint8_t* weights, const uint8_t* values, int64_t width, int64_t count,
+                           const float* scales, const float* corrections, float* sums, int64_t stride) {
+        __m512i high[kRows][kTiles], low[kRows][kTiles];
+        for (int r = 0; r < kRows; ++r) {
+            for (int t = 0; t < kTiles; ++t) high[r][t] = low[r][t] = _mm512_setzero_si512();
+        }
+        for (int64_t token = 0; token < count; token += 4) {
+            __m512i value[kTiles];
+            for (int t = 0; t < kTiles; ++t) value[t] = _mm512_loadu_si512(values + token * width + t * 64);
+            for (int r = 0; r < kRows; ++r) {
+                int32_t digits[2];
+                memcpy(digits, weights + r * kWeightBytes + token, 4);
+                memcpy(digits + 1, weights + r * kWeightBytes + kChunk + token, 4);
+                const __m512i high_digits = _mm512_set1_epi32(digits[0]), low_digits = _mm512_set1_epi32(digits[1]);
+                for (int t = 0; t < kTiles; ++t) {
+                    high[r][t] = _mm512_dpbusd_epi32(high[r][t], high_digits, value[t]);
+                    low[r][t] = _mm512_dpbusd_epi32(low[r][t], low_digits, value[t]);
+                }
+            }
+        }
+        for (int r = 0; r < kRows; ++r) {
+            const __m512 scale = _mm512_set1_ps(scales[r]), correction = _mm512_set1_ps(corrections[r]);
+            for (int t = 0; t < kTiles; ++t) {
+                const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r][t]), _mm512_set1_ps(256.0f),
+                                                     _mm512_cvtepi32_ps(low[r][t]));
+                float* to = sums + r * stride + t * 16;
+                const __m512 before = _mm512_mul_ps(_mm512_loadu_ps(to), correction);
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, scale, before));
+            }
+        }
+    }
+
+    template <int kRows, class Work_>
+    static void weigh_rows(Work_& work, int64_t count, int64_t first_row, int64_t row) {
+        constexpr int kTiles = kRows <= 2 ? 4 : 2;
+        for (int64_t begin = 0; begin < work.width; begin += 16 * kTiles) {
+            weigh_tile<kRows, kTiles>(work.weights + row * kWeightBytes, work.packed + begin * 4, work.width,
+                                      round_up(count, 4), work.weight_scales + row, work.corrections + row,
+                                      work.sums + (first_row + row) * work.width + begin, work.width);
+        }
+    }
+
+    template <class Work_>
+    static void weigh(Work_& work, int64_t count, int64_t first_row) {
+        int64_t row = 0;
+        for (; row + 4 <= work.rows; row += 4) weigh_rows<4>(work, count, first_row, row);
+        switch (work.rows - row) {
+            case 3: return weigh_rows<3>(work, count, first_row, row);
+            case 2: return weigh_rows<2>(work, count, first_row, row);
+            case 1: return weigh_rows<1>(work, count, first_row, row);
+            default: return;
+        }
+    }
+
+    // Undo the order of pack_values.
+    static void in_order(const float* sums, int64_t dim, float* to) {
+        for (int64_t i = 0; i < dim; ++i) {
+            const int64_t place = i % 64;
+            to[i] = sums[i - place + place / 4 % 4 * 16 + place / 16 * 4 + place % 4];
+        }
+    }
+};
+
+}  // namespace
+}  // namespace kvcfg
