@@ -52,11 +52,26 @@ def check(
     queries: Tensor,
     states: Sequence[tuple[Tensor, Tensor]],
 ) -> Check:
-    """Check one query per sequence, each over all of its tokens; `states` are keys and values per sequence."""
-    wanted = [
-        attention(query.unsqueeze(0), keys, values, [len(keys)], shape)
-        for query, (keys, values) in zip(queries, states, strict=True)
+    """Check one query per sequence, each over all of its tokens; the worst sequence counts.
+
+    Args:
+        case, side, name, page_size, shape: as in `Check`.
+        found: `[num_sequences, n_q_heads, head_dim]`.
+        queries: the same shape.
+        states: keys and values `[num_tokens, n_kv_heads, head_dim]` of each sequence, as stored.
+    """
+    errors = [
+        relative_error(output, attention(query.unsqueeze(0), keys, values, [len(keys)], shape)[0])
+        for output, query, (keys, values) in zip(found, queries, states, strict=True)
     ]
-    error = relative_error(found, torch.cat(wanted))
-    bound = BOUNDS.get(name, BOUNDS[side])
-    return Check(case, side, name, page_size, str(shape), error, bound)
+    return Check(case, side, name, page_size, str(shape), worst(errors), bound_of(side, name))
+
+
+def bound_of(side: str, name: str) -> float:
+    """What an error of attention may be."""
+    return BOUNDS.get(name, BOUNDS[side])
+
+
+def worst(errors: Sequence[float]) -> float:
+    """The largest one; NaN if there is one."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())

@@ -36,6 +36,7 @@ POINTS = tuple(Point(batch, context) for context in (1024, 4096, 16384) for batc
 QUICK_POINTS = (Point(1, 4096), Point(8, 4096))
 
 PAGE_SIZES = (16, 32, 64, 128)
+FORMATS = ("bf16", "fp8", "int8", "gauss4", "float32")
 ORDERS = ("random", "consecutive")
 PROMPT, NEW_TOKENS, APPENDED, STEP = 2048, 512, 4096, 32
 """Tokens of a prompt and of a second one over it; tokens that are appended at once, and sequences of a decode step."""

@@ -58,7 +58,7 @@ class Pages:
             n_kv_heads=shape.n_kv_heads,
             head_dim=shape.head_dim,
             num_layers=1,
-            devices=[DeviceRef.cpu()],
+            devices=[DeviceRef.CPU()],
             page_size=page_size,
             recipe=recipe,
         )
@@ -73,8 +73,7 @@ class Pages:
         count = len(keys) // self.page_size
         if self.closes:
             keys, values = (item.unflatten(0, (count, self.page_size)) for item in (keys, values))
-        rows = torch.arange(len(keys))
-        self.storage.store(0, self.storage.encode(0, keys, values), rows)
+        self.storage.store(0, self.storage.encode(0, keys, values), torch.arange(len(keys)))
 
     def stored(self, pages: Tensor) -> KeysValues:
         """The numbers of some pages `[n]`, decoded by their codec."""

@@ -24,7 +24,7 @@ QUERY_TYPES = {torch.float32: 0, torch.bfloat16: 2}
 _CALL = Struct("4qP2qP3PPqPP2q2PPqPPPqP2dq")
 
 # Places in a layout given as ints.
-_N_KV_HEADS, _KEY_DIM, _VALUE_DIM = 1, 5, 16
+_N_KV_HEADS, _TURNED, _KEY_DIM, _VALUE_DIM = 1, 3, 5, 16
 
 _SCHEMA = (
     "attend(Tensor queries, Tensor query_starts, Tensor first, Tensor stop, Tensor pages, Tensor tables, "
@@ -80,7 +80,8 @@ def attend_pages(
         ShapeError: if queries do not fit the layout or the other tensors.
     """
     function = _function()
-    if function is None:
+    # Queries and outputs are turned once for all tokens, so open pages must be turned as closed ones are.
+    if function is None or (open_layout is not None and open_layout[_TURNED] != layout[_TURNED]):
         return None
     num_queries, n_q_heads, head_dim = queries.shape
     if head_dim != layout[_KEY_DIM] or n_q_heads % layout[_N_KV_HEADS]:

@@ -18,7 +18,7 @@ template <int kParts>
 struct BFloat16Math {
     static constexpr int64_t kPackedBytes = 2, kPart = kChunk * 2, kWeightBytes = kParts * kPart;
 
-    static int64_t part_bytes(int64_t dim) { return round_up(dim, 32) * 2; }
+    static int64_t part_bytes(int64_t dim) { return round_up(dim, 64) * 2; }
     static int64_t query_bytes(int64_t dim) { return kParts * part_bytes(dim); }
 
     static float code_unit(const AttendCall& call, int side) {
@@ -80,8 +80,8 @@ struct BFloat16Math {
     }
 
     // [groups of 16 tokens, dim / 2, 16, 2]
-    static void pack_keys(const AttendCall&, const uint8_t* const* rows, const uint8_t* formats, int64_t,
-                          int64_t count, int64_t dim, uint8_t* packed) {
+    static void pack_keys(const uint8_t* const* rows, const uint8_t* formats, int64_t count, int64_t dim,
+                          uint8_t* packed) {
         const int64_t group_bytes = (dim + 1) / 2 * 64;
         for (int64_t group = 0; group < count; group += 16) {
             const int64_t format = same_format(formats + group, 16);
@@ -141,8 +141,8 @@ struct BFloat16Math {
     }
 
     // [tokens / 2, dim rounded up to 32, 2]
-    static void pack_values(const AttendCall&, const uint8_t* const* rows, const uint8_t* formats, int64_t format,
-                            int64_t count, int64_t dim, uint8_t* packed) {
+    static void pack_values(const uint8_t* const* rows, const uint8_t* formats, int64_t format, int64_t count,
+                            int64_t dim, uint8_t* packed) {
         count = round_up(count, 2);
         if (format >= 0) {
             with_row(format, 1, [&](const auto& row) { pack_values_of(row, rows, count, dim, packed); });
@@ -198,8 +198,65 @@ struct BFloat16Math {
         }
     }
 
+    // Products of rows with keys as they are stored: lane by lane, and the lanes of 16 products added at once.
+    template <int kRows, class Row, class Work_>
+    static void score_stored(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t count,
+                             int64_t first_row, int64_t row, const float* scales) {
+        constexpr int kSlots = kRows == 3 ? 4 : kRows, kTokens = 16 / kSlots;
+        const int64_t dim = work.key_dim;
+        const uint8_t* queries = work.queries + (first_row + row) * query_bytes(dim);
+        float* scores = work.scores + row * kChunk;
+        for (int64_t token = 0; token < count; token += kTokens) {
+            __m512 products[16];
+            for (int i = 0; i < 16; ++i) products[i] = _mm512_setzero_ps();
+            for (int step = 0; step < kTokens; step += 4) work.ahead.some();
+            for (int64_t begin = 0; begin < dim; begin += 64) {
+                for (int t = 0; t < kTokens; ++t) {
+                    __m512i key[2];
+                    reader.read(rows[token + t], begin, dim, key);
+                    for (int r = 0; r < kRows; ++r) {
+                        const uint8_t* query = queries + r * query_bytes(dim) + begin * 2;
+                        __m512& product = products[r * kTokens + t];
+                        for (int part = 0; part < kParts; ++part) {
+                            const uint8_t* from = query + part * part_bytes(dim);
+                            product = _mm512_dpbf16_ps(product, (__m512bh)key[0], (__m512bh)_mm512_loadu_si512(from));
+                            product = _mm512_dpbf16_ps(product, (__m512bh)key[1], (__m512bh)_mm512_loadu_si512(from + 64));
+                        }
+                    }
+                }
+            }
+            alignas(64) float scored[16];
+            _mm512_store_ps(scored, sums_of(products, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); }));
+            for (int r = 0; r < kRows; ++r) {
+                for (int t = 0; t < kTokens; ++t) {
+                    scores[r * kChunk + token + t] = scored[r * kTokens + t] * scales[token + t];
+                }
+            }
+        }
+    }
+
+    template <class Row, class Work_>
+    static void score_stored_rows(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t count,
+                                  int64_t first_row, const float* scales) {
+        int64_t row = 0;
+        for (; row + 4 <= work.rows; row += 4) score_stored<4>(work, reader, rows, count, first_row, row, scales);
+        switch (work.rows - row) {
+            case 3: return score_stored<3>(work, reader, rows, count, first_row, row, scales);
+            case 2: return score_stored<2>(work, reader, rows, count, first_row, row, scales);
+            case 1: return score_stored<1>(work, reader, rows, count, first_row, row, scales);
+            default: return;
+        }
+    }
+
     template <class Work_>
-    static void score(Work_& work, int64_t count, int64_t first_row, const float* scales) {
+    static void score(Work_& work, const uint8_t* const* rows, const uint8_t* formats, int64_t format, int64_t count,
+                      int64_t first_row, const float* scales) {
+        if (work.rows <= kFewRows && format >= 0) {
+            return with_row(format, 0, [&](const auto& reader) {
+                score_stored_rows(work, reader, rows, count, first_row, scales);
+            });
+        }
+        pack_keys(rows, formats, count, work.key_dim, work.packed);
         int64_t row = 0;
         for (; row + 4 <= work.rows; row += 4) score_rows<4>(work, count, first_row, row, scales);
         switch (work.rows - row) {
@@ -267,8 +324,63 @@ struct BFloat16Math {
         }
     }
 
+    // Weights times values as they are stored: two tokens are merged in registers.
+    template <int kRows, class Row, class Work_>
+    static void weigh_stored(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t count,
+                             int64_t first_row, int64_t row, int64_t begin) {
+        const __m512i low = interleaved(0), high = interleaved(16);
+        const uint8_t* weights = work.weights + row * kWeightBytes;
+        __m512 added[kRows][4];
+        for (int r = 0; r < kRows; ++r) {
+            for (int t = 0; t < 4; ++t) added[r][t] = _mm512_setzero_ps();
+        }
+        for (int64_t token = 0; token < count; token += 2) {
+            __m512i a[2], b[2];
+            reader.read(rows[token], begin, work.value_dim, a);
+            reader.read(rows[token + 1], begin, work.value_dim, b);
+            const __m512i value[4] = {_mm512_permutex2var_epi16(a[0], low, b[0]), _mm512_permutex2var_epi16(a[0], high, b[0]),
+                                      _mm512_permutex2var_epi16(a[1], low, b[1]), _mm512_permutex2var_epi16(a[1], high, b[1])};
+            for (int part = 0; part < kParts; ++part) {
+                for (int r = 0; r < kRows; ++r) {
+                    const __m512bh weight = pair(weights + r * kWeightBytes + part * kPart + token * 2);
+                    for (int t = 0; t < 4; ++t) added[r][t] = _mm512_dpbf16_ps(added[r][t], (__m512bh)value[t], weight);
+                }
+            }
+            if (token % 8 == 0) work.ahead.some();
+        }
+        for (int r = 0; r < kRows; ++r) {
+            float* to = work.sums + (first_row + row + r) * work.width + begin;
+            const __m512 correction = _mm512_set1_ps(work.corrections[row + r]);
+            for (int t = 0; t < 4; ++t) {
+                _mm512_storeu_ps(to + t * 16, _mm512_fmadd_ps(_mm512_loadu_ps(to + t * 16), correction, added[r][t]));
+            }
+        }
+    }
+
+    template <class Row, class Work_>
+    static void weigh_stored_rows(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t count,
+                                  int64_t first_row) {
+        for (int64_t begin = 0; begin < work.value_dim; begin += 64) {
+            int64_t row = 0;
+            for (; row + 4 <= work.rows; row += 4) weigh_stored<4>(work, reader, rows, count, first_row, row, begin);
+            switch (work.rows - row) {
+                case 3: weigh_stored<3>(work, reader, rows, count, first_row, row, begin); break;
+                case 2: weigh_stored<2>(work, reader, rows, count, first_row, row, begin); break;
+                case 1: weigh_stored<1>(work, reader, rows, count, first_row, row, begin); break;
+                default: break;
+            }
+        }
+    }
+
     template <class Work_>
-    static void weigh(Work_& work, int64_t count, int64_t first_row) {
+    static void weigh(Work_& work, const uint8_t* const* rows, const uint8_t* formats, int64_t format, int64_t count,
+                      int64_t first_row) {
+        if (work.rows <= kFewRows && format >= 0) {
+            return with_row(format, 1, [&](const auto& reader) {
+                weigh_stored_rows(work, reader, rows, count, first_row);
+            });
+        }
+        pack_values(rows, formats, format, count, work.value_dim, work.packed);
         int64_t row = 0;
         for (; row + 4 <= work.rows; row += 4) weigh_rows<4>(work, count, first_row, row);
         switch (work.rows - row) {

@@ -79,19 +79,54 @@ inline void find_tokens(const AttendCall& call, int64_t sequence, int64_t begin,
     }
 }
 
-// Ask for a share of a chunk's bytes, all heads of it, to be brought near: the `part`th of `parts`.
-inline void prefetch(const Chunk& chunk, int64_t part, int64_t parts) {
-    for (int64_t number = 0; number < chunk.num_pieces; ++number) {
-        const Piece& piece = chunk.pieces[number];
-        for (const Side& side : piece.sides) {
-            const int64_t lines = (piece.count * side.token_bytes + 63) / 64;
-            const int64_t end = lines * (part + 1) / parts;
-            for (int64_t line = lines * part / parts; line < end; ++line) {
-                __builtin_prefetch(side.elements + line * 64, 0, 2);
-            }
+// Asks for the bytes of a chunk, a few lines at a time, in the order in which they lie: memory delivers them while
+// the chunk before is worked on.
+class Ahead {
+public:
+    // `calls`: how often `some` will be called.
+    void follow(const Chunk& chunk, int64_t calls) {
+        chunk_ = &chunk;
+        number_ = -1;
+        side_ = 1;
+        left_ = 0;
+        int64_t lines = 0;
+        for (int64_t number = 0; number < chunk.num_pieces; ++number) {
+            const Piece& piece = chunk.pieces[number];
+            for (const Side& side : piece.sides) lines += (piece.count * side.token_bytes + 63) / 64;
+        }
+        lines_a_call_ = (lines + calls - 1) / calls;
+    }
+
+    void rest() { lines_a_call_ = 0; }
+
+    KVCFG_INLINE void some() {
+        for (int64_t line = 0; line < lines_a_call_; ++line) {
+            if (left_ == 0 && !next()) return;
+            __builtin_prefetch(at_, 0, 2);
+            at_ += 64;
+            --left_;
         }
     }
-}
+
+private:
+    bool next() {
+        if (number_ >= 0 && side_ == 0) {
+            side_ = 1;
+        } else {
+            if (number_ + 1 >= chunk_->num_pieces) return false;
+            ++number_;
+            side_ = 0;
+        }
+        const Piece& piece = chunk_->pieces[number_];
+        at_ = piece.sides[side_].elements;
+        left_ = (piece.count * piece.sides[side_].token_bytes + 63) / 64;
+        return left_ > 0;
+    }
+
+    const Chunk* chunk_ = nullptr;
+    const uint8_t* at_ = nullptr;
+    int64_t number_ = -1, side_ = 1, left_ = 0, lines_a_call_ = 0;
+};
 
 KVCFG_INLINE float one_scale(const uint8_t* from, int64_t type) {
     uint32_t bits = 0;

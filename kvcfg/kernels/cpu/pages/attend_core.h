@@ -1,13 +1,12 @@
 // Attention of an item: chunk after chunk of its tokens, and for every KV head of a chunk
 //
-//     pack    keys of the chunk, in the order in which products of 16 tokens can be taken at once
 //     score   rows times keys
 //     soften  scores to weights: the softmax of a row so far (Milakov and Gimelshein 2018, online softmax)
-//     pack    values of the chunk
 //     weigh   weights times values, added to what earlier chunks gave
 //
 // so that pages are read once, in the order in which they lie, and everything else stays in the caches. A Math
-// says in which numbers products are taken. Include after the pragma that chooses an instruction set.
+// says in which numbers products are taken, and whether stored
+// rows are first packed in the order of the products, which pays where many rows share them. Include after the pragma that chooses an instruction set.
 
 #pragma once
 
@@ -17,6 +16,8 @@ namespace kvcfg {
 namespace {
 
 KVCFG_INLINE int64_t round_up(int64_t number, int64_t unit) { return (number + unit - 1) / unit * unit; }
+
+constexpr int64_t kFewRows = 8;  // up to so many rows take keys and values as they are stored
 
 // An item's buffers in its thread's scratch memory.
 template <class Math>
@@ -42,6 +43,8 @@ struct Work {
     uint8_t* nothing;      // a row of zeros in place of tokens past the end
     Chunk* chunks;         // [2] this one and the next
     int64_t bytes;
+    Ahead ahead;           // brings the next chunk near
+    float factor;          // what a product of query and key is multiplied by
 
     Work(const AttendCall& call, const Item& item, uint8_t* scratch) : call(call), item(item) {
         const PageLayout& layout = *call.layout;
@@ -51,6 +54,7 @@ struct Work {
         key_dim = layout.keys.dim;
         value_dim = layout.values.dim;
         width = round_up(value_dim, 64);
+        factor = static_cast<float>(call.softcap > 0 ? call.scale / call.softcap : call.scale * kLog2E);
         const int64_t all_rows = heads * rows, widest = round_up(more(key_dim, value_dim), 64);
         bytes = 0;
         queries = take<uint8_t>(scratch, all_rows * Math::query_bytes(key_dim));
@@ -113,19 +117,19 @@ template <class Math>
 void prepare_queries(Work<Math>& work) {
     const AttendCall& call = work.call;
     const int64_t dim = work.key_dim;
-    const float factor = static_cast<float>(call.softcap > 0 ? call.scale / call.softcap : call.scale * kLog2E);
     for (int64_t head = 0; head < work.heads; ++head) {
         for (int64_t row = 0; row < work.rows; ++row) {
             const int64_t place = head * work.rows + row;
             const int64_t query_head = (work.item.head_begin + head) * work.group + row % work.group;
             float* query = work.one_row;
             read_query(call, work.item.query_begin + row / work.group, query_head, dim, query);
-            for (int64_t i = 0; i < dim; ++i) query[i] *= factor;
-            if (call.layout->keys.means >= 0) memcpy(work.exact_queries + place * dim, query, dim * sizeof(float));
+            if (call.layout->keys.means >= 0) {
+                for (int64_t i = 0; i < dim; ++i) work.exact_queries[place * dim + i] = query[i] * work.factor;
+            }
             if (call.layout->turned) turn(query, dim);
             float sum_of_row = 0;
             for (int64_t i = 0; i < dim; ++i) sum_of_row += query[i];
-            work.query_sums[place] = sum_of_row;
+            work.query_sums[place] = sum_of_row * work.factor;
             Math::take_query(call, query, dim, work.queries + place * Math::query_bytes(dim));
             work.most[place] = kMinusInfinity;
             work.total[place] = work.shift[place] = 0;
@@ -166,13 +170,13 @@ void read_chunk_scales(Work<Math>& work, const Chunk& chunk) {
     }
 }
 
-// Those of one head; past the end of the chunk zero.
+// Those of one head, times a factor; past the end of the chunk zero.
 template <class Math>
-void pick_head(Work<Math>& work, const Chunk& chunk, int64_t head, int part) {
+void pick_head(Work<Math>& work, const Chunk& chunk, int64_t head, int part, float factor) {
     const int64_t n_heads = work.call.layout->n_kv_heads;
     const float* from = work.scales + part * kChunk * n_heads + head;
     float* to = work.of_head + part * kChunk;
-    for (int64_t token = 0; token < chunk.count; ++token) to[token] = from[token * n_heads];
+    for (int64_t token = 0; token < chunk.count; ++token) to[token] = from[token * n_heads] * factor;
     for (int64_t token = chunk.count; token < round_up(chunk.count, 16); ++token) to[token] = 0;
 }
 
@@ -268,12 +272,13 @@ void attend_head(Work<Math>& work, const Chunk& chunk, int64_t head) {
     const bool has_zeros = call.layout->keys.zeros >= 0 || call.layout->values.zeros >= 0;
     const uint8_t* rows[kChunk];
     uint8_t formats[kChunk];
-    for (int part = 0; part < (has_zeros ? 4 : 2); ++part) pick_head(work, chunk, kv_head, part);
+    for (int part = 0; part < (has_zeros ? 4 : 2); ++part) {
+        pick_head(work, chunk, kv_head, part, part == 0 ? work.factor : 1.0f);
+    }
     const float *key_scales = work.of_head, *value_scales = work.of_head + kChunk;
 
     int64_t format = token_rows(work, chunk, 0, kv_head, rows, formats);
-    Math::pack_keys(call, rows, formats, format, chunk.count, work.key_dim, work.packed);
-    Math::score(work, chunk.count, first_row, key_scales);
+    Math::score(work, rows, formats, format, chunk.count, first_row, key_scales);
     if (call.layout->keys.zeros >= 0) {
         const float* zeros = work.of_head + 2 * kChunk;
         for (int64_t row = 0; row < work.rows; ++row) {
@@ -289,8 +294,7 @@ void attend_head(Work<Math>& work, const Chunk& chunk, int64_t head) {
     }
 
     format = token_rows(work, chunk, 1, kv_head, rows, formats);
-    Math::pack_values(call, rows, formats, format, chunk.count, work.value_dim, work.packed);
-    Math::weigh(work, chunk.count, first_row);
+    Math::weigh(work, rows, formats, format, chunk.count, first_row);
 }
 
 // A row's sums in their natural order, turned back, to the output.
@@ -352,10 +356,12 @@ void run_item(const AttendCall& call, const Item& item, uint8_t* scratch) {
         const bool more_follow = after < end;
         if (more_follow) find_tokens(call, item.sequence, after, less(after + kChunk, end), *next);
         read_chunk_scales(work, *chunk);
-        for (int64_t head = 0; head < work.heads; ++head) {
-            if (more_follow && all_heads) prefetch(*next, head, work.heads);
-            attend_head(work, *chunk, head);
+        if (more_follow && all_heads) {
+            work.ahead.follow(*next, work.heads * 2 * (kChunk / 4));
+        } else {
+            work.ahead.rest();
         }
+        for (int64_t head = 0; head < work.heads; ++head) attend_head(work, *chunk, head);
         Chunk* done = chunk;
         chunk = next;
         next = done;

@@ -58,7 +58,7 @@ struct FloatMath {
     }
 
     // [groups of 16 tokens, dim, 16]
-    static void pack_keys(const AttendCall& call, const uint8_t* const* rows, const uint8_t* formats, int64_t,
+    static void pack_keys(const AttendCall& call, const uint8_t* const* rows, const uint8_t* formats,
                           int64_t count, int64_t dim, uint8_t* packed) {
         Floats block[16];
         for (int64_t group = 0; group < count; group += 16) {
@@ -74,7 +74,7 @@ struct FloatMath {
     }
 
     // [tokens, dim rounded up to 16]
-    static void pack_values(const AttendCall& call, const uint8_t* const* rows, const uint8_t* formats, int64_t,
+    static void pack_values(const AttendCall& call, const uint8_t* const* rows, const uint8_t* formats,
                             int64_t count, int64_t dim, uint8_t* packed) {
         float* to = reinterpret_cast<float*>(packed);
         const float* levels = call.levels == nullptr ? nullptr : call.levels + 16;
@@ -86,7 +86,9 @@ struct FloatMath {
     }
 
     template <class Work_>
-    static void score(Work_& work, int64_t count, int64_t first_row, const float* scales) {
+    static void score(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats, int64_t,
+                      int64_t count, int64_t first_row, const float* scales) {
+        pack_keys(work.call, rows_of_tokens, formats, count, work.key_dim, work.packed);
         const float* queries = reinterpret_cast<const float*>(work.queries) + first_row * work.key_dim;
         const float* keys = reinterpret_cast<const float*>(work.packed);
         for (int64_t row = 0; row < work.rows; row += kRows) {
@@ -125,7 +127,9 @@ struct FloatMath {
     }
 
     template <class Work_>
-    static void weigh(Work_& work, int64_t count, int64_t first_row) {
+    static void weigh(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats, int64_t,
+                      int64_t count, int64_t first_row) {
+        pack_values(work.call, rows_of_tokens, formats, count, work.value_dim, work.packed);
         const int64_t width = round_up(work.value_dim, 16);
         const float* values = reinterpret_cast<const float*>(work.packed);
         for (int64_t row = 0; row < work.rows; row += kRows) {

@@ -47,8 +47,7 @@ struct VnniMath {
     }
 
     // [groups of 16 tokens, dim / 4, 16, 4] unsigned
-    static void pack_keys(const AttendCall&, const uint8_t* const* rows, const uint8_t*, int64_t, int64_t count,
-                          int64_t dim, uint8_t* packed) {
+    static void pack_keys(const uint8_t* const* rows, int64_t count, int64_t dim, uint8_t* packed) {
         const int64_t fours = (dim + 3) / 4;
         const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
         for (int64_t group = 0; group < count; group += 16) {
@@ -70,8 +69,7 @@ struct VnniMath {
     }
 
     // [tokens / 4, dim / 64, 4, 16, 4]: of each 64 numbers, vector j holds those 16 * lane + 4 * j + 0..3 of four tokens
-    static void pack_values(const AttendCall&, const uint8_t* const* rows, const uint8_t*, int64_t, int64_t count,
-                            int64_t dim, uint8_t* packed) {
+    static void pack_values(const uint8_t* const* rows, int64_t count, int64_t dim, uint8_t* packed) {
         const int64_t width = plane(dim);
         for (int64_t token = 0; token < count; token += 4) {
             uint8_t* to = packed + token * width;
@@ -142,9 +140,85 @@ struct VnniMath {
         }
     }
 
+    // Products of rows with keys as they are stored: lane by lane, and the lanes of 16 products added at once.
+    template <int kRows, int kBlocks, class Work_>
+    static void score_stored(Work_& work, const uint8_t* const* rows, int64_t count, int64_t first_row, int64_t row,
+                             const float* scales) {
+        constexpr int kSlots = kRows == 3 ? 4 : kRows, kTokens = 16 / kSlots, kStep = kTokens < 4 ? kTokens : 4;
+        const int64_t dim = work.key_dim, tail = dim - (kBlocks - 1) * 64;
+        const uint8_t* queries = work.queries + (first_row + row) * query_bytes(dim);
+        const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+        alignas(64) int32_t starts[16];
+        alignas(64) float factors[16];
+        for (int lane = 0; lane < 16; ++lane) {
+            Query facts;
+            memcpy(&facts, queries + less(lane / kTokens, kRows - 1) * query_bytes(dim) + 2 * plane(dim), sizeof facts);
+            starts[lane] = facts.high_start * 256 + facts.low_start;
+            factors[lane] = facts.scale;
+        }
+        float* scores = work.scores + row * kChunk;
+        for (int64_t token = 0; token < count; token += kTokens) {
+            __m512i products[16];
+            for (int step = 0; step < kTokens; step += kStep) {
+                work.ahead.some();
+                __m512i key[kStep][kBlocks];
+                for (int t = 0; t < kStep; ++t) {
+                    const uint8_t* from = rows[token + step + t];
+                    for (int b = 0; b + 1 < kBlocks; ++b) {
+                        key[t][b] = _mm512_xor_si512(_mm512_loadu_si512(from + b * 64), sign);
+                    }
+                    key[t][kBlocks - 1] = _mm512_xor_si512(load_bytes(from + (kBlocks - 1) * 64, tail), sign);
+                }
+                for (int r = 0; r < kRows; ++r) {
+                    const uint8_t* query = queries + r * query_bytes(dim);
+                    for (int t = 0; t < kStep; ++t) {
+                        __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
+                        for (int b = 0; b < kBlocks; ++b) {
+                            high = _mm512_dpbusd_epi32(high, key[t][b], _mm512_loadu_si512(query + b * 64));
+                            low = _mm512_dpbusd_epi32(low, key[t][b], _mm512_loadu_si512(query + plane(dim) + b * 64));
+                        }
+                        products[r * kTokens + step + t] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+                    }
+                }
+            }
+            for (int i = kRows * kTokens; i < 16; ++i) products[i] = _mm512_setzero_si512();
+            const __m512i sums = sums_of(products, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+            const __m512i whole = _mm512_add_epi32(sums, _mm512_load_si512(starts));
+            alignas(64) float scored[16];
+            _mm512_store_ps(scored, _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_load_ps(factors)));
+            for (int r = 0; r < kRows; ++r) {
+                for (int t = 0; t < kTokens; ++t) {
+                    scores[r * kChunk + token + t] = scored[r * kTokens + t] * scales[token + t];
+                }
+            }
+        }
+    }
+
+    template <int kRows, class Work_>
+    static void score_stored_rows(Work_& work, const uint8_t* const* rows, int64_t count, int64_t first_row, int64_t row,
+                                  const float* scales) {
+        switch (plane(work.key_dim) / 64) {
+            case 1: return score_stored<kRows, 1>(work, rows, count, first_row, row, scales);
+            case 2: return score_stored<kRows, 2>(work, rows, count, first_row, row, scales);
+            case 3: return score_stored<kRows, 3>(work, rows, count, first_row, row, scales);
+            default: return score_stored<kRows, 4>(work, rows, count, first_row, row, scales);
+        }
+    }
+
     template <class Work_>
-    static void score(Work_& work, int64_t count, int64_t first_row, const float* scales) {
+    static void score(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t, int64_t count,
+                      int64_t first_row, const float* scales) {
         int64_t row = 0;
+        if (work.rows <= kFewRows && work.key_dim <= 256) {
+            for (; row + 4 <= work.rows; row += 4) score_stored_rows<4>(work, rows, count, first_row, row, scales);
+            switch (work.rows - row) {
+                case 3: return score_stored_rows<3>(work, rows, count, first_row, row, scales);
+                case 2: return score_stored_rows<2>(work, rows, count, first_row, row, scales);
+                case 1: return score_stored_rows<1>(work, rows, count, first_row, row, scales);
+                default: return;
+            }
+        }
+        pack_keys(rows, count, work.key_dim, work.packed);
         for (; row + 4 <= work.rows; row += 4) score_rows<4>(work, count, first_row, row, scales);
         switch (work.rows - row) {
             case 3: return score_rows<3>(work, count, first_row, row, scales);
@@ -196,13 +270,8 @@ struct VnniMath {
             }
         }
         for (int r = 0; r < kRows; ++r) {
-            const __m512 scale = _mm512_set1_ps(scales[r]), correction = _mm512_set1_ps(corrections[r]);
             for (int t = 0; t < kTiles; ++t) {
-                const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r][t]), _mm512_set1_ps(256.0f),
-                                                     _mm512_cvtepi32_ps(low[r][t]));
-                float* to = sums + r * stride + t * 16;
-                const __m512 before = _mm512_mul_ps(_mm512_loadu_ps(to), correction);
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, scale, before));
+                add(high[r][t], low[r][t], scales[r], corrections[r], sums + r * stride + t * 16);
             }
         }
     }
@@ -217,9 +286,73 @@ struct VnniMath {
         }
     }
 
+    // Weights times values as they are stored: four tokens are merged in registers. Of each 64 numbers, vectors
+    // 2 * kHalf and 2 * kHalf + 1.
+    template <int kRows, int kHalf, class Work_>
+    static void weigh_stored(Work_& work, const uint8_t* const* rows, int64_t count, int64_t first_row, int64_t row,
+                             int64_t begin) {
+        const int64_t left = work.value_dim - begin;
+        const __mmask64 mask = first_bytes(left);
+        const uint8_t* weights = work.weights + row * kWeightBytes;
+        __m512i high[kRows][2], low[kRows][2];
+        for (int r = 0; r < kRows; ++r) high[r][0] = high[r][1] = low[r][0] = low[r][1] = _mm512_setzero_si512();
+        for (int64_t token = 0; token < count; token += 4) {
+            __m512i four[4], pairs[2];
+            for (int i = 0; i < 4; ++i) four[i] = _mm512_maskz_loadu_epi8(mask, rows[token + i] + begin);
+            for (int i = 0; i < 2; ++i) {
+                pairs[i] = kHalf == 0 ? _mm512_unpacklo_epi8(four[2 * i], four[2 * i + 1])
+                                      : _mm512_unpackhi_epi8(four[2 * i], four[2 * i + 1]);
+            }
+            const __m512i first = _mm512_unpacklo_epi16(pairs[0], pairs[1]);
+            const __m512i second = _mm512_unpackhi_epi16(pairs[0], pairs[1]);
+            for (int r = 0; r < kRows; ++r) {
+                int32_t digits[2];
+                memcpy(digits, weights + r * kWeightBytes + token, 4);
+                memcpy(digits + 1, weights + r * kWeightBytes + kChunk + token, 4);
+                const __m512i high_digits = _mm512_set1_epi32(digits[0]), low_digits = _mm512_set1_epi32(digits[1]);
+                high[r][0] = _mm512_dpbusd_epi32(high[r][0], high_digits, first);
+                high[r][1] = _mm512_dpbusd_epi32(high[r][1], high_digits, second);
+                low[r][0] = _mm512_dpbusd_epi32(low[r][0], low_digits, first);
+                low[r][1] = _mm512_dpbusd_epi32(low[r][1], low_digits, second);
+            }
+            if (token % 16 == 0) work.ahead.some();
+        }
+        for (int r = 0; r < kRows; ++r) {
+            float* to = work.sums + (first_row + row + r) * work.width + begin + kHalf * 32;
+            add(high[r][0], low[r][0], work.weight_scales[row + r], work.corrections[row + r], to);
+            add(high[r][1], low[r][1], work.weight_scales[row + r], work.corrections[row + r], to + 16);
+        }
+    }
+
+    KVCFG_INLINE static void add(__m512i high, __m512i low, float scale, float correction, float* to) {
+        const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low));
+        const __m512 before = _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(correction));
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_set1_ps(scale), before));
+    }
+
+    template <int kRows, class Work_>
+    static void weigh_stored_rows(Work_& work, const uint8_t* const* rows, int64_t count, int64_t first_row,
+                                  int64_t row) {
+        for (int64_t begin = 0; begin < work.value_dim; begin += 64) {
+            weigh_stored<kRows, 0>(work, rows, count, first_row, row, begin);
+            weigh_stored<kRows, 1>(work, rows, count, first_row, row, begin);
+        }
+    }
+
     template <class Work_>
-    static void weigh(Work_& work, int64_t count, int64_t first_row) {
+    static void weigh(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t, int64_t count,
+                      int64_t first_row) {
         int64_t row = 0;
+        if (work.rows <= kFewRows) {
+            for (; row + 4 <= work.rows; row += 4) weigh_stored_rows<4>(work, rows, count, first_row, row);
+            switch (work.rows - row) {
+                case 3: return weigh_stored_rows<3>(work, rows, count, first_row, row);
+                case 2: return weigh_stored_rows<2>(work, rows, count, first_row, row);
+                case 1: return weigh_stored_rows<1>(work, rows, count, first_row, row);
+                default: return;
+            }
+        }
+        pack_values(rows, count, work.value_dim, work.packed);
         for (; row + 4 <= work.rows; row += 4) weigh_rows<4>(work, count, first_row, row);
         switch (work.rows - row) {
             case 3: return weigh_rows<3>(work, count, first_row, row);

@@ -35,6 +35,29 @@ KVCFG_INLINE void transpose(__m512i* rows) {
     }
 }
 
+// The sums of 16 vectors, one a lane: pairs of lanes are added as vectors are merged.
+template <class Vector, class Add>
+KVCFG_INLINE Vector sums_of(Vector* vectors, const Add& add) {
+    const auto bits = [](Vector vector) { return (__m512i)vector; };
+    Vector halves[8], quarters[4], eighths[2];
+    for (int i = 0; i < 8; ++i) {
+        const int first = i < 4 ? i : i + 4;
+        const __m512i a = bits(vectors[first]), b = bits(vectors[first + 4]);
+        halves[i] = add((Vector)_mm512_shuffle_i32x4(a, b, 0x44), (Vector)_mm512_shuffle_i32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512i a = bits(halves[i]), b = bits(halves[i + 4]);
+        quarters[i] = add((Vector)_mm512_shuffle_i32x4(a, b, 0x88), (Vector)_mm512_shuffle_i32x4(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512i a = bits(quarters[i]), b = bits(quarters[i + 2]);
+        eighths[i] = add((Vector)_mm512_unpacklo_epi64(a, b), (Vector)_mm512_unpackhi_epi64(a, b));
+    }
+    const __m512i a = _mm512_shuffle_epi32(bits(eighths[0]), _MM_PERM_DBCA);
+    const __m512i b = _mm512_shuffle_epi32(bits(eighths[1]), _MM_PERM_DBCA);
+    return add((Vector)_mm512_unpacklo_epi32(a, b), (Vector)_mm512_unpackhi_epi32(a, b));
+}
+
 KVCFG_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : (1ull << (count > 0 ? count : 0)) - 1; }
 KVCFG_INLINE __mmask32 first_words(int64_t count) { return count >= 32 ? ~0u : (1u << (count > 0 ? count : 0)) - 1; }
 
