@@ -9,9 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from rounds import Variant
+from torch import Tensor
 
 READ_BYTES = 512 << 20
 

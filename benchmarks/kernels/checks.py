@@ -55,7 +55,11 @@ def check(
     """Check one query per sequence, each over all of its tokens; the worst sequence counts.
 
     Args:
-        case, side, name, page_size, shape: as in `Check`.
+        case: decode, append or prefill.
+        side: kvcfg or vllm.
+        name: how keys and values are stored.
+        page_size: tokens per page.
+        shape: the heads.
         found: `[num_sequences, n_q_heads, head_dim]`.
         queries: the same shape.
         states: keys and values `[num_tokens, n_kv_heads, head_dim]` of each sequence, as stored.

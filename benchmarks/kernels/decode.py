@@ -100,7 +100,8 @@ class Pools:
     def of(cls, shape: Shape, formats: Iterable[str], page_sizes: Iterable[int], with_vllm: bool) -> Pools:
         """Fill them."""
         pools = cls(shape, with_vllm)
-        types = {"bf16": torch.bfloat16, **{name: kind for name, kind in side_kvcfg.UNSCALED.items() if name in formats}}
+        types = {name: kind for name, kind in side_kvcfg.UNSCALED.items() if name in formats}
+        types["bf16"] = torch.bfloat16  # vLLM's too, and read for the bandwidth
         if with_vllm:
             types["fp8"] = torch.float8_e4m3fn
         pools.unscaled = {name: noise(kind) for name, kind in types.items()}
@@ -149,7 +150,7 @@ class Pools:
         return Variant("vllm", name, call, point.batch * each * blocks.page_bytes, block_size, order)
 
     def _sdpa(self, page_size: int, point: Point, queries: Tensor) -> Variant:
-        """torch alone: gathers pages of float32, then scaled_dot_product_attention."""
+        """PyTorch alone: gathers pages of float32, then scaled_dot_product_attention."""
         shape, each = self.shape, point.context // page_size
         pages = self.unscaled["float32"].view(torch.float32)
         numbers = 2 * page_size * shape.n_kv_heads * shape.head_dim

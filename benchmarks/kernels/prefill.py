@@ -34,7 +34,7 @@ class _Case(NamedTuple):
     queries: Tensor
 
 
-def cases(shape: Shape, past: int, count: int, formats: list[str], page_sizes: list[int], vllm: bool) -> Iterator[_Case]:
+def cases(shape: Shape, past: int, count: int, formats: list[str], sizes: list[int], vllm: bool) -> Iterator[_Case]:
     """All variants: the whole context is in the cache, as it is once the new tokens were appended."""
     reach = causal([past], [count])
     length = past + count
@@ -42,7 +42,7 @@ def cases(shape: Shape, past: int, count: int, formats: list[str], page_sizes: l
     queries = torch.randn(count, shape.n_q_heads, shape.head_dim, generator=generator)
     keys, values = torch.randn(2, length, shape.n_kv_heads, shape.head_dim, generator=generator).unbind()
     for name in formats:
-        for page_size in page_sizes:
+        for page_size in sizes:
             yield _kvcfg(shape, name, page_size, queries, keys, values, reach)
     if vllm:
         for name, sizes in side_vllm.BLOCK_SIZES.items():
@@ -113,7 +113,7 @@ def _vllm(shape: Shape, name: str, size: int, queries: Tensor, keys: Tensor, val
 
 
 def _sdpa(shape: Shape, queries: Tensor, keys: Tensor, values: Tensor) -> _Case:
-    """torch alone, in float32, keys and values where it likes them."""
+    """PyTorch alone, in float32, keys and values where it likes them."""
     heads = [item.transpose(0, 1).unsqueeze(0).contiguous() for item in (queries, keys, values)]
 
     def read() -> Tensor:

@@ -1,4 +1,4 @@
-"""kvcfg's CPU kernels beside vLLM's: `.peers/vllm/bin/python benchmarks/kernels/run.py` after `setup.sh`; see README.md.
+"""kvcfg's CPU kernels beside vLLM's: `.peers/vllm/bin/python benchmarks/kernels/run.py` after `setup.sh`.
 
 Every number of threads has a process of its own, which holds both sides. It first compares what every kernel gives
 with float64; if one is off, nothing is timed.

@@ -54,7 +54,7 @@ class Blocks:
         return lambda: write(keys, values, self.keys, self.values, next(slots), isa, kv_cache_dtype=cache_dtype)
 
     def reader(self, tables: Iterator[Tensor], queries: Tensor, reach: Reach) -> Callable[[], Tensor]:
-        """Attends over the blocks of the next block table; its plan is made once, as a model makes it for all layers."""
+        """Attends over the blocks of the next block table; its plan is made once, as for all layers of a model."""
         shape, output = self.shape, torch.empty_like(queries)
         lengths = reach.stop[reach.query_starts[1:].long() - 1]
         plan = self.ops.cpu_attn_get_scheduler_metadata(

@@ -81,9 +81,7 @@ def _rows(task: dict[str, Any], with_vllm: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _timed(
-    labels: dict[str, Any], variants: list[Variant], memory: Tensor | None, rounds: int
-) -> list[dict[str, Any]]:
+def _timed(labels: dict[str, Any], variants: list[Variant], memory: Tensor | None, rounds: int) -> list[dict[str, Any]]:
     """Rows of one point: what each variant took, and against the best of vLLM's bf16 in the same rounds."""
     from bandwidth import readers
     from rounds import measure

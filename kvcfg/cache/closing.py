@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcfg.cache.closing_step import ClosingStep
+from kvcfg.cache.closing_step import Closing, ClosingStep
 from kvcfg.cache.step import GroupStep, Span
-from kvcfg.cache.storage import EncodedTokens, KeysValues, PagedStorage, Part
+from kvcfg.cache.storage import EncodedTokens, PagedStorage, Part
 from kvcfg.formats.codec import LayerCalibration
 from kvcfg.params import KVCacheParams
 
@@ -41,6 +41,7 @@ class ClosingStorage(PagedStorage):
         super().__init__(params, num_pages, devices, calibrated)
         self.ring_pages = params.open_pages_per_sequence
         self.opened = PagedStorage(params.open_pages, max_batch_size * self.ring_pages, devices)
+        self._planned: tuple[ClosingStep | None, Tensor, Tensor] = (None, torch.empty(0), torch.empty(0))
         self._closed = [[0] * max_batch_size for _ in range(params.num_layers)]
 
     @property
@@ -59,15 +60,21 @@ class ClosingStorage(PagedStorage):
         opened = Part(self.opened.read_slots(layer, step.open_slots, dtype), step.opened)
         return [*super().past(layer, step, dtype), opened]
 
-    def write(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
-        """Store a step's tokens and close what is full; returns the tokens as open pages store them."""
+    def write(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> None:
+        """Store a step's tokens and close what is full."""
+        if _closing(step).closing or not self.opened.put(layer, keys, values, step.slots, step.stored):
+            self.keep(layer, step, self.opened.encode(layer, keys, values))
+
+    def keep(self, layer: int, step: GroupStep, encoded: Sequence[EncodedTokens]) -> None:
+        """Store a step's tokens, which open pages' codecs have encoded, and close what is full."""
         step = _closing(step)
-        encoded = self.opened.encode(layer, keys, values)
-        if step.closing:
-            self._close(layer, step, encoded)
-        kept = encoded if step.stored is None else [tokens.at(step.stored) for tokens in encoded]
-        self.opened.store(layer, kept, step.slots)
-        return encoded
+        ready = [item for item in step.closing if self._closed[layer][item.row] < item.end]
+        if ready:
+            pages, places = self._places(step, ready)
+            self._encode(layer, pages, places, encoded)
+            for item in ready:
+                self._closed[layer][item.row] = item.end
+        self.opened.keep(layer, step, encoded)
 
     def begin(self, row: int, num_closed: int) -> None:
         """A row belongs to a sequence of which so many pages are closed already, found or copied."""
@@ -89,32 +96,37 @@ class ClosingStorage(PagedStorage):
                 page = pages[place]
                 if page is not None:
                     tokens = torch.arange(place * size, (place + 1) * size) % (self.ring_pages * size)
-                    states = self.opened.read_slots(layer, row * self.ring_pages * size + tokens, torch.float32)
-                    self._encode(layer, torch.tensor([page]), states)
+                    self._encode(layer, torch.tensor([page]), row * self.ring_pages * size + tokens)
             closed[row] = max(closed[row], len(pages))
 
-    def _close(self, layer: int, step: ClosingStep, encoded: Sequence[EncodedTokens]) -> None:
-        """Encode the pages that are full, from their tokens as open pages hold them."""
-        before = self.opened.read_slots(layer, step.open_slots, torch.float32)
-        fresh = self.opened.decode(layer, encoded, torch.float32)
-        for number, row, end, pages in step.closing:
-            if self._closed[layer][row] >= end:
-                continue
-            first, start = _offset(step.opened, number), _offset(step.fresh, number)
-            old = slice(first, first + step.opened[number].length)
-            new = slice(start, start + step.fresh[number].length)
-            states = KeysValues(
-                torch.cat([before.keys[old], fresh.keys[new]]), torch.cat([before.values[old], fresh.values[new]])
-            )
-            self._encode(layer, pages, states)
-            self._closed[layer][row] = end
+    def _places(self, step: ClosingStep, ready: Sequence[Closing]) -> tuple[Tensor, Tensor]:
+        """Pages that close, and where each of their tokens is: its open slot, or -1 - its number in the step.
 
-    def _encode(self, layer: int, pages: Tensor, states: KeysValues) -> None:
-        """Store the first tokens of `states` as these pages."""
+        All layers of a step ask the same, one after the other.
+        """
+        if self._planned[0] is not step or len(ready) < len(step.closing):
+            places = list[Tensor]()
+            for number, _, _, pages in ready:
+                first, start = _offset(step.opened, number), _offset(step.fresh, number)
+                old = step.open_slots[first : first + step.opened[number].length]
+                new = -1 - torch.arange(start, start + step.fresh[number].length)
+                places.append(torch.cat([old, new])[: len(pages) * self.params.page_size])
+            self._planned = step, torch.cat([item.pages for item in ready]), torch.cat(places)
+        return self._planned[1:]
+
+    def _encode(self, layer: int, pages: Tensor, places: Tensor, fresh: Sequence[EncodedTokens] | None = None) -> None:
+        """Encode whole pages from their tokens as open pages hold them, or are to hold them."""
+        new_tokens: Sequence[EncodedTokens | None] = fresh or [None] * len(self.shards)
+        shards = zip(self.shards, self.opened.shards, new_tokens, strict=True)
+        if all([shard.close(layer, pages, places, opened, tokens) for shard, opened, tokens in shards]):
+            return
+        keys, values = self.opened.read_slots(layer, places.clamp(min=0), torch.float32)
+        if fresh is not None:
+            new, states = places < 0, self.opened.decode(layer, fresh, torch.float32)
+            keys[new], values[new] = (item[-1 - places[new]] for item in states)
         shape = (len(pages), self.params.page_size)
-        count = len(pages) * self.params.page_size
-        keys, values = (item[:count].unflatten(0, shape) for item in states)
-        self.store(layer, self.encode(layer, keys, values), pages)
+        encoded = self.encode(layer, keys.unflatten(0, shape), values.unflatten(0, shape))
+        self.store(layer, encoded, pages)
 
 
 def _offset(spans: Sequence[Span], number: int) -> int:

@@ -17,11 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcfg.cache.kernel_writes import head_scales, page_closers, token_writer
 from kvcfg.cache.layout import page_layout, value_width
 from kvcfg.cache.step import GroupStep, Span
 from kvcfg.cache.view import LayerPages, LayerView
 from kvcfg.errors import ShapeError
 from kvcfg.formats.codec import Codec, Encoded, LayerCalibration, clip_rate
+from kvcfg.kernels.cpu.close import OpenPages
 from kvcfg.params import KVCacheParams
 
 
@@ -119,7 +121,7 @@ class PagedStorage:
             ints = () if layout is None else tuple(layout.ints())
             keys, values = self.shards[shard].codecs[layer]
             codecs = (keys, keys if self.params.is_mla else values)
-            found = LayerPages(self.shards[shard].arena[layer], layout, ints, _levels(codecs), _head_scales(codecs))
+            found = LayerPages(self.shards[shard].arena[layer], layout, ints, _levels(codecs), head_scales(codecs))
             self._layer_pages[place] = found
         return found
 
@@ -170,15 +172,31 @@ class PagedStorage:
             values: `[num_tokens, n_kv_heads, value_dim]`.
         """
         past = self.past(layer, step, keys.dtype)
-        encoded = self.write(layer, step, keys, values)
+        encoded = self.newest.encode(layer, keys, values)
+        self.keep(layer, step, encoded)
         return [*past, Part(self.newest.decode(layer, encoded, keys.dtype), step.fresh)]
 
-    def write(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> list[EncodedTokens]:
-        """Store a step's tokens; returns all of them as they are stored."""
-        encoded = self.encode(layer, keys, values)
+    def write(self, layer: int, step: GroupStep, keys: Tensor, values: Tensor) -> None:
+        """Store a step's tokens."""
+        if not self.put(layer, keys, values, step.slots, step.stored):
+            self.keep(layer, step, self.encode(layer, keys, values))
+
+    def put(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, rows: Tensor | None) -> bool:
+        """Encode tokens and store them in one pass of a kernel; False, and nothing stored, if there is none for them.
+
+        Args:
+            layer: index within the group, in `[0, num_layers)`.
+            keys: `[num_tokens, n_kv_heads, head_dim]`.
+            values: `[num_tokens, n_kv_heads, value_dim]`.
+            slots: `[num_stored]` int64, no repeats.
+            rows: `[num_stored]` int64, which of the tokens are stored; None = all.
+        """
+        return len(self.shards) == 1 and self.shards[0].put(layer, keys, values, slots, rows)
+
+    def keep(self, layer: int, step: GroupStep, encoded: Sequence[EncodedTokens]) -> None:
+        """Store a step's tokens, which are encoded already."""
         kept = encoded if step.stored is None else [tokens.at(step.stored) for tokens in encoded]
         self.store(layer, kept, step.slots)
-        return encoded
 
     def past(self, layer: int, step: GroupStep, dtype: torch.dtype) -> list[Part]:
         """What a step's queries see of the tokens before it."""
@@ -241,10 +259,13 @@ class _Shard:
             for layer in calibrated or (None,)
         ]
         self.codecs = pairs if calibrated else pairs * params.num_layers
+        self.token_writer = token_writer(params, self.codecs) if device.type == "cpu" else None
+        self._closers = page_closers(params, self.codecs, calibrated) if device.type == "cpu" else None
         keys, values = pairs[0]
         rows = (keys.element_row_bytes, values.element_row_bytes, keys.scale_row_bytes, values.scale_row_bytes)
         shape = (params.num_layers, num_pages + 1, params.bytes_per_layer_page)
         self.arena = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._layers, self._row_parts = self.arena.unbind(), list(rows)
         starts = [self.rows_per_page * sum(rows[:index]) for index in range(len(rows))]
         self._regions = [
             self.arena[:, :, start : start + self.rows_per_page * row].unflatten(-1, (self.rows_per_page, row))
@@ -254,8 +275,30 @@ class _Shard:
         ]
 
     def encode(self, layer: int, keys: Tensor, values: Tensor) -> EncodedTokens:
+        if self.token_writer is not None:
+            rows = self.token_writer.encode(layer, keys, values)
+            if rows is not None:
+                return self.split(rows)
         key_codec, value_codec = self.codecs[layer]
         return EncodedTokens(key_codec.encode(keys.to(self.device)), value_codec.encode(values.to(self.device)))
+
+    def put(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, rows: Tensor | None) -> bool:
+        writer = self.token_writer
+        return writer is not None and writer.put(layer, keys, values, slots, rows, self._layers[layer])
+
+    def close(self, layer: int, pages: Tensor, places: Tensor, opened: _Shard, fresh: EncodedTokens | None) -> bool:
+        """Fill pages in one pass of a kernel; False if there is none: the arguments of `PageCloser.close`."""
+        writer = opened.token_writer
+        if self._closers is None or writer is None:
+            return False
+        ring = OpenPages(opened.arena[layer], writer.layout)
+        rows = None if fresh is None else OpenPages(torch.cat(_in_page_order(fresh), dim=1), writer.row_layout)
+        return self._closers[layer].close(pages, self._layers[layer], places, ring, rows or ring)
+
+    def split(self, rows: Tensor) -> EncodedTokens:
+        """Rows of a token each, as a page of one token holds them, taken apart."""
+        key_elements, value_elements, key_scales, value_scales = rows.split(self._row_parts, dim=1)
+        return EncodedTokens(Encoded(key_elements, key_scales), Encoded(value_elements, value_scales))
 
     def store(self, layer: int, tokens: EncodedTokens, slots: Tensor) -> None:
         slots = slots.to(self.device)
@@ -292,14 +335,6 @@ def _levels(codecs: Sequence[Codec]) -> Tensor | None:
     if not any(item is not None and len(item) == 16 for item in levels):
         return None
     return torch.stack([torch.zeros(16) if item is None or len(item) != 16 else item for item in levels])
-
-
-def _head_scales(codecs: Sequence[Codec]) -> Tensor | None:
-    scales = [codec.fixed_scales for codec in codecs]
-    if all(item is None for item in scales):
-        return None
-    ones = torch.ones(codecs[0].n_heads)
-    return torch.stack([ones if item is None else item.flatten().to(torch.float32) for item in scales])
 
 
 def _in_page_order(tokens: EncodedTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -156,6 +156,12 @@ class Codec:
         """Calibrated scales `[n_heads, 1]` that are not stored; None where they are stored, or 1."""
         return self._fixed
 
+    def count(self, clipped: Tensor, num_rows: int) -> None:
+        """Count rows that were encoded, and the numbers in them that were cut off, where scales do not follow them."""
+        if self._watches:
+            self.clipped = self.clipped.to(clipped.device) + clipped
+            self.encoded += num_rows * self._count
+
     def encode(self, numbers: Tensor) -> Encoded:
         """Quantize `[n, tokens, n_heads, dim]` of any float dtype; the input is left unchanged."""
         if self._centring is None:
@@ -203,8 +209,7 @@ class Codec:
         if self._fixed is not None:
             numbers = numbers.to(torch.float32) / self._fixed.to(numbers.device)
         if self._watches:
-            self.clipped = self.clipped.to(numbers.device) + (numbers.abs() > self._max_value).sum()
-            self.encoded += numbers.numel()
+            self.count((numbers.abs() > self._max_value).sum(), num_rows)
         no_scales = numbers.new_empty((num_rows, 0), dtype=torch.uint8)
         return Encoded(_as_rows(self._codec.to_elements(numbers.reshape(num_rows, self._count))), no_scales)
 

@@ -29,7 +29,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 _SMALLEST = {torch.float16: 2.0**-24, torch.float8_e4m3fn: 2.0**-9}
 """The smallest scales, where they are not the smallest normal number of the type."""
 
-_NARROWER = {
+NARROWER = {
     4: (0.92, 0.84, 0.76),
     3: (0.92, 0.84, 0.76, 0.68, 0.6),
     2: (0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36),
@@ -54,7 +54,7 @@ class Scales:
         self._dtype = side.scale_dtype.to_torch()
         self._asymmetric, self._max_value = element.asymmetric, element.max_value
         self._codebook = codebook
-        self._narrower = _NARROWER.get(element.bits, ())
+        self._narrower = NARROWER.get(element.bits, ())
         limits = torch.finfo(self._dtype)
         # A hundredth below what float32 can hold, so that a rounded scale times the largest element is finite.
         self._largest = min(limits.max, 0.99 * _FLOAT32_MAX / element.max_value)

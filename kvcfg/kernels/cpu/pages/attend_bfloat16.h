@@ -31,6 +31,7 @@ struct BFloat16Math {
         memset(to, 0, query_bytes(dim));
         for (int64_t i = 0; i < dim; ++i) {
             float rest = query[i];
+            KVCFG_UNROLL
             for (int part = 0; part < kParts; ++part) {
                 const uint16_t half = to_bfloat16(rest);
                 memcpy(to + part * part_bytes(dim) + i * 2, &half, 2);
@@ -44,6 +45,7 @@ struct BFloat16Math {
         const int64_t twos = (dim + 1) / 2;
         for (int64_t begin = 0; begin < dim; begin += 64) {
             __m512i first[16], second[16];
+            KVCFG_UNROLL
             for (int i = 0; i < 16; ++i) {
                 __m512i units[2];
                 row.read(rows[i], begin, dim, units);
@@ -54,8 +56,10 @@ struct BFloat16Math {
             uint8_t* place = to + begin / 2 * 64;
             const int64_t units = twos - begin / 2;
             if (units >= 32) {
+                KVCFG_UNROLL
                 for (int i = 0; i < 16; ++i) _mm512_storeu_si512(place + i * 64, first[i]);
                 transpose(second);
+                KVCFG_UNROLL
                 for (int i = 0; i < 16; ++i) _mm512_storeu_si512(place + (16 + i) * 64, second[i]);
                 continue;
             }
@@ -133,6 +137,7 @@ struct BFloat16Math {
     // Words first .. first + 15 of two vectors in turn.
     static __m512i interleaved(int first) {
         alignas(64) uint16_t index[32];
+        KVCFG_UNROLL
         for (int i = 0; i < 16; ++i) {
             index[2 * i] = static_cast<uint16_t>(first + i);
             index[2 * i + 1] = static_cast<uint16_t>(first + i + 32);
@@ -158,20 +163,28 @@ struct BFloat16Math {
     static void score_tile(const uint8_t* queries, int64_t dim, const uint8_t* keys, const float* scales, float* scores) {
         const int64_t twos = (dim + 1) / 2, tile_bytes = twos * 64;
         __m512 sums[kRows][kTiles];
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) sums[r][t] = _mm512_setzero_ps();
         }
         for (int64_t i = 0; i < twos; ++i) {
             __m512bh key[kTiles];
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) key[t] = (__m512bh)_mm512_loadu_si512(keys + t * tile_bytes + i * 64);
+            KVCFG_UNROLL
             for (int part = 0; part < kParts; ++part) {
+                KVCFG_UNROLL
                 for (int r = 0; r < kRows; ++r) {
                     const __m512bh query = pair(queries + r * query_bytes(dim) + part * part_bytes(dim) + i * 4);
+                    KVCFG_UNROLL
                     for (int t = 0; t < kTiles; ++t) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], key[t], query);
                 }
             }
         }
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) {
                 _mm512_storeu_ps(scores + r * kChunk + t * 16, _mm512_mul_ps(sums[r][t], _mm512_loadu_ps(scales + t * 16)));
             }
@@ -208,15 +221,20 @@ struct BFloat16Math {
         float* scores = work.scores + row * kChunk;
         for (int64_t token = 0; token < count; token += kTokens) {
             __m512 products[16];
+            KVCFG_UNROLL
             for (int i = 0; i < 16; ++i) products[i] = _mm512_setzero_ps();
+            KVCFG_UNROLL
             for (int step = 0; step < kTokens; step += 4) work.ahead.some();
             for (int64_t begin = 0; begin < dim; begin += 64) {
+                KVCFG_UNROLL
                 for (int t = 0; t < kTokens; ++t) {
                     __m512i key[2];
                     reader.read(rows[token + t], begin, dim, key);
+                    KVCFG_UNROLL
                     for (int r = 0; r < kRows; ++r) {
                         const uint8_t* query = queries + r * query_bytes(dim) + begin * 2;
                         __m512& product = products[r * kTokens + t];
+                        KVCFG_UNROLL
                         for (int part = 0; part < kParts; ++part) {
                             const uint8_t* from = query + part * part_bytes(dim);
                             product = _mm512_dpbf16_ps(product, (__m512bh)key[0], (__m512bh)_mm512_loadu_si512(from));
@@ -227,7 +245,9 @@ struct BFloat16Math {
             }
             alignas(64) float scored[16];
             _mm512_store_ps(scored, sums_of(products, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); }));
+            KVCFG_UNROLL
             for (int r = 0; r < kRows; ++r) {
+                KVCFG_UNROLL
                 for (int t = 0; t < kTokens; ++t) {
                     scores[r * kChunk + token + t] = scored[r * kTokens + t] * scales[token + t];
                 }
@@ -271,6 +291,7 @@ struct BFloat16Math {
                              float* scale) {
         for (int64_t i = 0; i < count; i += 16) {
             __m512 rest = _mm512_mul_ps(_mm512_loadu_ps(weights + i), _mm512_loadu_ps(scales + i));
+            KVCFG_UNROLL
             for (int part = 0; part < kParts; ++part) {
                 const __m256i halves = (__m256i)_mm512_cvtneps_pbh(rest);
                 _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + part * kPart + i * 2), halves);
@@ -286,21 +307,29 @@ struct BFloat16Math {
     static void weigh_tile(const uint8_t* weights, const uint8_t* values, int64_t row_bytes, int64_t count,
                            const float* corrections, float* sums, int64_t stride) {
         __m512 added[kRows][kTiles];
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) added[r][t] = _mm512_setzero_ps();
         }
         for (int64_t token = 0; token < count; token += 2) {
             __m512bh value[kTiles];
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) value[t] = (__m512bh)_mm512_loadu_si512(values + token * row_bytes + t * 64);
+            KVCFG_UNROLL
             for (int part = 0; part < kParts; ++part) {
+                KVCFG_UNROLL
                 for (int r = 0; r < kRows; ++r) {
                     const __m512bh weight = pair(weights + r * kWeightBytes + part * kPart + token * 2);
+                    KVCFG_UNROLL
                     for (int t = 0; t < kTiles; ++t) added[r][t] = _mm512_dpbf16_ps(added[r][t], value[t], weight);
                 }
             }
         }
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
             const __m512 correction = _mm512_set1_ps(corrections[r]);
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) {
                 float* to = sums + r * stride + t * 16;
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(to), correction, added[r][t]));
@@ -331,7 +360,9 @@ struct BFloat16Math {
         const __m512i low = interleaved(0), high = interleaved(16);
         const uint8_t* weights = work.weights + row * kWeightBytes;
         __m512 added[kRows][4];
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            KVCFG_UNROLL
             for (int t = 0; t < 4; ++t) added[r][t] = _mm512_setzero_ps();
         }
         for (int64_t token = 0; token < count; token += 2) {
@@ -340,17 +371,22 @@ struct BFloat16Math {
             reader.read(rows[token + 1], begin, work.value_dim, b);
             const __m512i value[4] = {_mm512_permutex2var_epi16(a[0], low, b[0]), _mm512_permutex2var_epi16(a[0], high, b[0]),
                                       _mm512_permutex2var_epi16(a[1], low, b[1]), _mm512_permutex2var_epi16(a[1], high, b[1])};
+            KVCFG_UNROLL
             for (int part = 0; part < kParts; ++part) {
+                KVCFG_UNROLL
                 for (int r = 0; r < kRows; ++r) {
                     const __m512bh weight = pair(weights + r * kWeightBytes + part * kPart + token * 2);
+                    KVCFG_UNROLL
                     for (int t = 0; t < 4; ++t) added[r][t] = _mm512_dpbf16_ps(added[r][t], (__m512bh)value[t], weight);
                 }
             }
             if (token % 8 == 0) work.ahead.some();
         }
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
             float* to = work.sums + (first_row + row + r) * work.width + begin;
             const __m512 correction = _mm512_set1_ps(work.corrections[row + r]);
+            KVCFG_UNROLL
             for (int t = 0; t < 4; ++t) {
                 _mm512_storeu_ps(to + t * 16, _mm512_fmadd_ps(_mm512_loadu_ps(to + t * 16), correction, added[r][t]));
             }

@@ -38,7 +38,9 @@ inline Floats read_numbers(const uint8_t* row, int64_t format, int64_t begin, in
 struct PlainTranspose {
     static void of(Floats* rows) {
         Floats columns[16];
+        KVCFG_UNROLL
         for (int i = 0; i < 16; ++i) {
+            KVCFG_UNROLL
             for (int j = 0; j < 16; ++j) columns[j][i] = rows[i][j];
         }
         memcpy(rows, columns, sizeof columns);
@@ -64,6 +66,7 @@ struct FloatMath {
         for (int64_t group = 0; group < count; group += 16) {
             float* to = reinterpret_cast<float*>(packed) + group * dim;
             for (int64_t begin = 0; begin < dim; begin += 16) {
+                KVCFG_UNROLL
                 for (int i = 0; i < 16; ++i) {
                     block[i] = read_numbers(rows[group + i], formats[group + i], begin, dim, call.levels);
                 }
@@ -105,11 +108,15 @@ struct FloatMath {
         Floats sums[kRows][kTiles] = {};
         const float* from[kRows];
         const float* groups[kTiles];
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) from[r] = queries + (r < rows ? r : 0) * dim;
+        KVCFG_UNROLL
         for (int t = 0; t < kTiles; ++t) groups[t] = keys + (t < tiles ? t : 0) * dim * 16;
         for (int64_t i = 0; i < dim; ++i) {
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) {
                 const Floats key = load<Floats>(groups[t] + i * 16);
+                KVCFG_UNROLL
                 for (int r = 0; r < kRows; ++r) sums[r][t] += key * from[r][i];
             }
         }
@@ -138,13 +145,17 @@ struct FloatMath {
                 const int64_t tiles = less(kTiles, (width - begin) / 16);
                 Floats sums[kRows][kTiles] = {};
                 const float *weights[kRows], *tile[kTiles];
+                KVCFG_UNROLL
                 for (int r = 0; r < kRows; ++r) {
                     weights[r] = reinterpret_cast<const float*>(work.weights) + (row + (r < rows ? r : 0)) * kChunk;
                 }
+                KVCFG_UNROLL
                 for (int t = 0; t < kTiles; ++t) tile[t] = values + begin + (t < tiles ? t : 0) * 16;
                 for (int64_t token = 0; token < count; ++token) {
+                    KVCFG_UNROLL
                     for (int t = 0; t < kTiles; ++t) {
                         const Floats value = load<Floats>(tile[t] + token * width);
+                        KVCFG_UNROLL
                         for (int r = 0; r < kRows; ++r) sums[r][t] += value * weights[r][token];
                     }
                 }

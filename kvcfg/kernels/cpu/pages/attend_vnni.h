@@ -54,12 +54,14 @@ struct VnniMath {
             uint8_t* to = packed + group * fours * 4;
             for (int64_t begin = 0; begin < dim; begin += 64) {
                 __m512i block[16];
+                KVCFG_UNROLL
                 for (int i = 0; i < 16; ++i) {
                     block[i] = _mm512_xor_si512(load_bytes(rows[group + i] + begin, dim - begin), sign);
                 }
                 transpose(block);
                 const int64_t units = less(16, fours - begin / 4);
                 if (units == 16) {
+                    KVCFG_UNROLL
                     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (begin / 4 + i) * 64, block[i]);
                 } else {
                     for (int i = 0; i < units; ++i) _mm512_storeu_si512(to + (begin / 4 + i) * 64, block[i]);
@@ -75,6 +77,7 @@ struct VnniMath {
             uint8_t* to = packed + token * width;
             for (int64_t begin = 0; begin < dim; begin += 64, to += 256) {
                 __m512i four[4];
+                KVCFG_UNROLL
                 for (int i = 0; i < 4; ++i) four[i] = load_bytes(rows[token + i] + begin, dim - begin);
                 const __m512i low_a = _mm512_unpacklo_epi8(four[0], four[1]), high_a = _mm512_unpackhi_epi8(four[0], four[1]);
                 const __m512i low_b = _mm512_unpacklo_epi8(four[2], four[3]), high_b = _mm512_unpackhi_epi8(four[2], four[3]);
@@ -92,9 +95,11 @@ struct VnniMath {
         __m512i high[kRows][kTiles], low[kRows][kTiles];
         Query facts[kRows];
         const uint8_t* from[kRows];
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
             from[r] = queries + r * query_bytes(dim);
             memcpy(facts + r, from[r] + 2 * plane(dim), sizeof(Query));
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) {
                 high[r][t] = _mm512_set1_epi32(facts[r].high_start);
                 low[r][t] = _mm512_set1_epi32(facts[r].low_start);
@@ -103,19 +108,24 @@ struct VnniMath {
         const int64_t low_plane = plane(dim), tile_bytes = fours * 64;
         for (int64_t i = 0; i < fours; ++i) {
             __m512i key[kTiles];
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) key[t] = _mm512_loadu_si512(keys + t * tile_bytes + i * 64);
+            KVCFG_UNROLL
             for (int r = 0; r < kRows; ++r) {
                 int32_t digits[2];
                 memcpy(digits, from[r] + i * 4, 4);
                 memcpy(digits + 1, from[r] + low_plane + i * 4, 4);
                 const __m512i high_digits = _mm512_set1_epi32(digits[0]), low_digits = _mm512_set1_epi32(digits[1]);
+                KVCFG_UNROLL
                 for (int t = 0; t < kTiles; ++t) {
                     high[r][t] = _mm512_dpbusd_epi32(high[r][t], key[t], high_digits);
                     low[r][t] = _mm512_dpbusd_epi32(low[r][t], key[t], low_digits);
                 }
             }
         }
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) {
                 const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r][t]), _mm512_set1_ps(256.0f),
                                                      _mm512_cvtepi32_ps(low[r][t]));
@@ -159,20 +169,26 @@ struct VnniMath {
         float* scores = work.scores + row * kChunk;
         for (int64_t token = 0; token < count; token += kTokens) {
             __m512i products[16];
+            KVCFG_UNROLL
             for (int step = 0; step < kTokens; step += kStep) {
                 work.ahead.some();
                 __m512i key[kStep][kBlocks];
+                KVCFG_UNROLL
                 for (int t = 0; t < kStep; ++t) {
                     const uint8_t* from = rows[token + step + t];
+                    KVCFG_UNROLL
                     for (int b = 0; b + 1 < kBlocks; ++b) {
                         key[t][b] = _mm512_xor_si512(_mm512_loadu_si512(from + b * 64), sign);
                     }
                     key[t][kBlocks - 1] = _mm512_xor_si512(load_bytes(from + (kBlocks - 1) * 64, tail), sign);
                 }
+                KVCFG_UNROLL
                 for (int r = 0; r < kRows; ++r) {
                     const uint8_t* query = queries + r * query_bytes(dim);
+                    KVCFG_UNROLL
                     for (int t = 0; t < kStep; ++t) {
                         __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
+                        KVCFG_UNROLL
                         for (int b = 0; b < kBlocks; ++b) {
                             high = _mm512_dpbusd_epi32(high, key[t][b], _mm512_loadu_si512(query + b * 64));
                             low = _mm512_dpbusd_epi32(low, key[t][b], _mm512_loadu_si512(query + plane(dim) + b * 64));
@@ -181,12 +197,15 @@ struct VnniMath {
                     }
                 }
             }
+            KVCFG_UNROLL
             for (int i = kRows * kTokens; i < 16; ++i) products[i] = _mm512_setzero_si512();
             const __m512i sums = sums_of(products, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
             const __m512i whole = _mm512_add_epi32(sums, _mm512_load_si512(starts));
             alignas(64) float scored[16];
             _mm512_store_ps(scored, _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_load_ps(factors)));
+            KVCFG_UNROLL
             for (int r = 0; r < kRows; ++r) {
+                KVCFG_UNROLL
                 for (int t = 0; t < kTokens; ++t) {
                     scores[r * kChunk + token + t] = scored[r * kTokens + t] * scales[token + t];
                 }
@@ -252,24 +271,31 @@ struct VnniMath {
     static void weigh_tile(const uint8_t* weights, const uint8_t* values, int64_t width, int64_t count,
                            const float* scales, const float* corrections, float* sums, int64_t stride) {
         __m512i high[kRows][kTiles], low[kRows][kTiles];
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) high[r][t] = low[r][t] = _mm512_setzero_si512();
         }
         for (int64_t token = 0; token < count; token += 4) {
             __m512i value[kTiles];
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) value[t] = _mm512_loadu_si512(values + token * width + t * 64);
+            KVCFG_UNROLL
             for (int r = 0; r < kRows; ++r) {
                 int32_t digits[2];
                 memcpy(digits, weights + r * kWeightBytes + token, 4);
                 memcpy(digits + 1, weights + r * kWeightBytes + kChunk + token, 4);
                 const __m512i high_digits = _mm512_set1_epi32(digits[0]), low_digits = _mm512_set1_epi32(digits[1]);
+                KVCFG_UNROLL
                 for (int t = 0; t < kTiles; ++t) {
                     high[r][t] = _mm512_dpbusd_epi32(high[r][t], high_digits, value[t]);
                     low[r][t] = _mm512_dpbusd_epi32(low[r][t], low_digits, value[t]);
                 }
             }
         }
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            KVCFG_UNROLL
             for (int t = 0; t < kTiles; ++t) {
                 add(high[r][t], low[r][t], scales[r], corrections[r], sums + r * stride + t * 16);
             }
@@ -295,16 +321,20 @@ struct VnniMath {
         const __mmask64 mask = first_bytes(left);
         const uint8_t* weights = work.weights + row * kWeightBytes;
         __m512i high[kRows][2], low[kRows][2];
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) high[r][0] = high[r][1] = low[r][0] = low[r][1] = _mm512_setzero_si512();
         for (int64_t token = 0; token < count; token += 4) {
             __m512i four[4], pairs[2];
+            KVCFG_UNROLL
             for (int i = 0; i < 4; ++i) four[i] = _mm512_maskz_loadu_epi8(mask, rows[token + i] + begin);
+            KVCFG_UNROLL
             for (int i = 0; i < 2; ++i) {
                 pairs[i] = kHalf == 0 ? _mm512_unpacklo_epi8(four[2 * i], four[2 * i + 1])
                                       : _mm512_unpackhi_epi8(four[2 * i], four[2 * i + 1]);
             }
             const __m512i first = _mm512_unpacklo_epi16(pairs[0], pairs[1]);
             const __m512i second = _mm512_unpackhi_epi16(pairs[0], pairs[1]);
+            KVCFG_UNROLL
             for (int r = 0; r < kRows; ++r) {
                 int32_t digits[2];
                 memcpy(digits, weights + r * kWeightBytes + token, 4);
@@ -317,6 +347,7 @@ struct VnniMath {
             }
             if (token % 16 == 0) work.ahead.some();
         }
+        KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
             float* to = work.sums + (first_row + row + r) * work.width + begin + kHalf * 32;
             add(high[r][0], low[r][0], work.weight_scales[row + r], work.corrections[row + r], to);

@@ -14,16 +14,19 @@ namespace {
 // Rows of 16 units to columns.
 KVCFG_INLINE void transpose(__m512i* rows) {
     __m512i pairs[16];
+    KVCFG_UNROLL
     for (int i = 0; i < 16; i += 2) {
         pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
         pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
     }
+    KVCFG_UNROLL
     for (int i = 0; i < 16; i += 4) {
         rows[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
         rows[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
         rows[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
         rows[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
     }
+    KVCFG_UNROLL
     for (int i = 0; i < 4; ++i) {
         const __m512i a = rows[i], b = rows[i + 4], c = rows[i + 8], d = rows[i + 12];
         const __m512i low_ab = _mm512_shuffle_i32x4(a, b, 0x88), high_ab = _mm512_shuffle_i32x4(a, b, 0xdd);
@@ -40,15 +43,18 @@ template <class Vector, class Add>
 KVCFG_INLINE Vector sums_of(Vector* vectors, const Add& add) {
     const auto bits = [](Vector vector) { return (__m512i)vector; };
     Vector halves[8], quarters[4], eighths[2];
+    KVCFG_UNROLL
     for (int i = 0; i < 8; ++i) {
         const int first = i < 4 ? i : i + 4;
         const __m512i a = bits(vectors[first]), b = bits(vectors[first + 4]);
         halves[i] = add((Vector)_mm512_shuffle_i32x4(a, b, 0x44), (Vector)_mm512_shuffle_i32x4(a, b, 0xee));
     }
+    KVCFG_UNROLL
     for (int i = 0; i < 4; ++i) {
         const __m512i a = bits(halves[i]), b = bits(halves[i + 4]);
         quarters[i] = add((Vector)_mm512_shuffle_i32x4(a, b, 0x88), (Vector)_mm512_shuffle_i32x4(a, b, 0xdd));
     }
+    KVCFG_UNROLL
     for (int i = 0; i < 2; ++i) {
         const __m512i a = bits(quarters[i]), b = bits(quarters[i + 2]);
         eighths[i] = add((Vector)_mm512_unpacklo_epi64(a, b), (Vector)_mm512_unpackhi_epi64(a, b));
@@ -172,6 +178,7 @@ struct CodeRow {
     KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512i* units) const {
         const __m512i entries = _mm512_load_si512(table.entries);
         const int64_t left = (dim - begin) / 2;
+        KVCFG_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int64_t count = left - half * 16;
             const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1 << (count > 0 ? count : 0)) - 1);

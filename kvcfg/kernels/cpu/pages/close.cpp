@@ -9,7 +9,10 @@
 namespace kvcfg {
 namespace {
 
-struct PlainLoops {
+class PlainLoops {
+  public:
+    explicit PlainLoops(const Levels* table) : table_(table) {}
+
     static EncodeTokens encoder(const TokenSide& side) { return plain_encoder(side); }
     static void bound(float* row, int64_t dim) { bound_for_turning(row, dim); }
     static void turn(float* row, int64_t dim) { kvcfg::turn(row, dim); }
@@ -43,8 +46,25 @@ struct PlainLoops {
         for (int64_t i = 0; i < dim; ++i) to[i] = (row[i] - zero) / unit;
     }
 
+    float error(const float* units, int64_t dim, float ratio, float shift) const {
+        const float inverse = 1.0f / ratio;
+        float sum = 0;
+        for (int64_t i = 0; i < dim; ++i) {
+            const float number = units[i] - shift;
+            const float rest = number - table_->levels[nearest(number * inverse)] * ratio;
+            sum += rest * rest;
+        }
+        return sum;
+    }
+
+    void codes(const float* units, int64_t dim, uint8_t* to) const {
+        for (int64_t i = 0; i < dim; ++i) to[i] = uint8_t(table_->codes[nearest(units[i])]);
+    }
+
+  private:
     // Which level, counted from the lowest; NaN goes to the first one, or to 0 where levels are whole numbers.
-    static int nearest(float number, const Levels& table) {
+    int nearest(float number) const {
+        const Levels& table = *table_;
         if (table.uniform != 0) {
             const int zero = int(-table.levels[0]), last = int(table.count) - 1;
             if (number != number) return zero;
@@ -59,20 +79,7 @@ struct PlainLoops {
         return level;
     }
 
-    static float error(const float* units, int64_t dim, float ratio, float shift, const Levels& table) {
-        const float inverse = 1.0f / ratio;
-        float sum = 0;
-        for (int64_t i = 0; i < dim; ++i) {
-            const float number = units[i] - shift;
-            const float rest = number - table.levels[nearest(number * inverse, table)] * ratio;
-            sum += rest * rest;
-        }
-        return sum;
-    }
-
-    static void codes(const float* units, int64_t dim, const Levels& table, uint8_t* to) {
-        for (int64_t i = 0; i < dim; ++i) to[i] = uint8_t(table.codes[nearest(units[i], table)]);
-    }
+    const Levels* table_;
 };
 
 struct Work {
@@ -87,6 +94,7 @@ void close_item(void* context, int64_t item) {
 }
 
 bool is_known(const CloseSide& side) {
+    if (!side.dim) return true;
     if (side.dim > kMostNumbers || side.scale_type == kNoScale) return false;
     return side.format <= kInt8 ? side.format >= kE4M3 : side.levels != nullptr && side.num_narrower < 16;
 }
@@ -104,9 +112,7 @@ CloseOne plain_closer() {
 extern "C" int kvcfg_close(const kvcfg::CloseCall* call) {
     using namespace kvcfg;
     static const bool wide = has_avx512();
-    for (const CloseSide* side : {&call->keys, &call->values}) {
-        if (side->dim && !is_known(*side)) return 1;
-    }
+    if (!is_known(call->keys) || !is_known(call->values)) return 1;
     if (!is_read(*call->open.layout) || !is_read(*call->fresh.layout)) return 1;
     Work work{*call, wide ? avx512_closer() : plain_closer()};
     parallel_for(2 * call->num_pages, call->threads, close_item, &work);

@@ -28,12 +28,15 @@
 namespace kvcfg {
 namespace {
 
+#define KVCFG_INLINE inline __attribute__((always_inline))
+
 // At most 16 levels looked up in registers: 32 bins of 256 cells, each with one edge in it at most.
 class FewLevels {
   public:
     explicit FewLevels(const Levels& table)
-        : levels_(_mm512_loadu_ps(table.levels)), factor_(_mm512_set1_ps(table.cells_per_unit)),
-          offset_(_mm512_set1_ps(-table.low * table.cells_per_unit)) {
+        : levels_(_mm512_loadu_ps(table.levels)), low_(_mm512_set1_ps(table.low)),
+          factor_(_mm512_set1_ps(table.cells_per_unit)) {
+        codes_ = _mm512_cvtps_epi32(_mm512_loadu_ps(table.codes));
         alignas(64) float guesses[32], edges[32];
         for (int bin = 0; bin < 32; ++bin) {
             guesses[bin] = table.guess[8 * bin];
@@ -45,19 +48,42 @@ class FewLevels {
         }
     }
 
-    __m512 nearest(__m512 numbers) const {
-        const __m512 any = _mm512_fmadd_ps(numbers, factor_, offset_);
+    KVCFG_INLINE __m512 nearest(__m512 numbers) const { return _mm512_permutexvar_ps(places(numbers), levels_); }
+    KVCFG_INLINE __m512i codes(__m512 numbers) const { return _mm512_permutexvar_epi32(places(numbers), codes_); }
+
+  private:
+    KVCFG_INLINE __m512i places(__m512 numbers) const {
+        const __m512 any = _mm512_mul_ps(_mm512_sub_ps(numbers, low_), factor_);
         const __m512 cells = _mm512_min_ps(_mm512_max_ps(any, _mm512_setzero_ps()), _mm512_set1_ps(8191.0f));
         const __m512i bins = _mm512_srli_epi32(_mm512_cvttps_epi32(cells), 8);
         const __m512 edges = _mm512_permutex2var_ps(edges_[0], bins, edges_[1]);
         const __m512i below = _mm512_permutex2var_epi32(guesses_[0], bins, guesses_[1]);
         const __mmask16 above = _mm512_cmp_ps_mask(cells, edges, _CMP_GE_OQ);
-        return _mm512_permutexvar_ps(_mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1)), levels_);
+        return _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
+    }
+
+    __m512 levels_, low_, factor_, edges_[2];
+    __m512i guesses_[2], codes_;
+};
+
+// Up to 64 levels looked up in memory.
+class ManyLevels {
+  public:
+    explicit ManyLevels(const Levels& table) : table_(table) {}
+
+    KVCFG_INLINE __m512i codes(__m512 numbers) const {
+        const __m512 low = _mm512_set1_ps(table_.low), factor = _mm512_set1_ps(table_.cells_per_unit);
+        const __m512 any = _mm512_mul_ps(_mm512_sub_ps(numbers, low), factor);
+        const __m512 cells = _mm512_min_ps(_mm512_max_ps(any, _mm512_setzero_ps()), _mm512_set1_ps(8191.0f));
+        const __m512i bins = _mm512_srli_epi32(_mm512_cvttps_epi32(cells), 5);
+        const __m512i below = _mm512_cvtps_epi32(_mm512_i32gather_ps(bins, table_.guess, 4));
+        const __mmask16 above = _mm512_cmp_ps_mask(cells, _mm512_i32gather_ps(below, table_.edges, 4), _CMP_GE_OQ);
+        const __m512i places = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
+        return _mm512_cvtps_epi32(_mm512_i32gather_ps(places, table_.codes, 4));
     }
 
   private:
-    __m512 levels_, factor_, offset_, edges_[2];
-    __m512i guesses_[2];
+    const Levels& table_;
 };
 
 class WholeNumbers {
@@ -65,9 +91,15 @@ class WholeNumbers {
     explicit WholeNumbers(const Levels& table)
         : low_(_mm512_set1_ps(table.levels[0])), high_(_mm512_set1_ps(table.levels[int(table.count) - 1])) {}
 
-    __m512 nearest(__m512 numbers) const {
+    KVCFG_INLINE __m512 nearest(__m512 numbers) const {
         const __m512 whole = _mm512_roundscale_ps(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         return _mm512_min_ps(high_, _mm512_max_ps(low_, whole));
+    }
+
+    KVCFG_INLINE __m512i codes(__m512 numbers) const {
+        const __mmask16 nan = _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
+        const __m512 number = _mm512_mask_mov_ps(nearest(numbers), nan, _mm512_setzero_ps());
+        return _mm512_cvtps_epi32(_mm512_sub_ps(number, low_));
     }
 
   private:
@@ -75,7 +107,7 @@ class WholeNumbers {
 };
 
 template <class Table>
-float squared_error(const Table& table, const float* units, int64_t dim, float ratio, float shift) {
+KVCFG_INLINE float squared_error(const Table& table, const float* units, int64_t dim, float ratio, float shift) {
     const __m512 ratios = _mm512_set1_ps(ratio), inverse = _mm512_set1_ps(1.0f / ratio), shifts = _mm512_set1_ps(shift);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < dim; i += 16) {
@@ -86,7 +118,23 @@ float squared_error(const Table& table, const float* units, int64_t dim, float r
     return _mm512_reduce_add_ps(sum);
 }
 
-struct Avx512Loops {
+template <class Table>
+KVCFG_INLINE void write_codes(const Table& table, const float* units, int64_t dim, uint8_t* to) {
+    for (int64_t i = 0; i < dim; i += 16) {
+        const __m128i bytes = _mm512_cvtepi32_epi8(table.codes(_mm512_load_ps(units + i)));
+        if (i + 16 <= dim) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bytes);
+        } else {
+            _mm_mask_storeu_epi8(to + i, lanes_left16(dim - i), bytes);
+        }
+    }
+}
+
+class Avx512Loops {
+  public:
+    explicit Avx512Loops(const Levels* table)
+        : many_(*table), few_(*table), whole_(*table), uniform_(table->uniform != 0), fits_(table->count <= 16) {}
+
     static EncodeTokens encoder(const TokenSide& side) { return avx512_encoder(side); }
 
     static void bound(float* row, int64_t dim) {
@@ -141,37 +189,26 @@ struct Avx512Loops {
         }
     }
 
-    static float error(const float* units, int64_t dim, float ratio, float shift, const Levels& table) {
-        if (table.uniform != 0) return squared_error(WholeNumbers(table), units, dim, ratio, shift);
-        return squared_error(FewLevels(table), units, dim, ratio, shift);
+    float error(const float* units, int64_t dim, float ratio, float shift) const {
+        return uniform_ ? squared_error(whole_, units, dim, ratio, shift)
+                        : squared_error(few_, units, dim, ratio, shift);
     }
 
-    static void codes(const float* units, int64_t dim, const Levels& table, uint8_t* to) {
-        const __m512 low = _mm512_set1_ps(table.uniform != 0 ? table.levels[0] : table.low);
-        const __m512 factor = _mm512_set1_ps(table.cells_per_unit);
-        const __m512 last = _mm512_set1_ps(table.count - 1);
-        for (int64_t i = 0; i < dim; i += 16) {
-            const __m512 numbers = _mm512_load_ps(units + i);
-            __m512i codes;
-            if (table.uniform != 0) {
-                const __m512 whole = _mm512_roundscale_ps(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-                const __mmask16 nan = _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
-                const __m512 places = _mm512_max_ps(_mm512_setzero_ps(), _mm512_sub_ps(whole, low));
-                const __m512i zero = _mm512_cvtps_epi32(_mm512_sub_ps(_mm512_setzero_ps(), low));
-                codes = _mm512_mask_mov_epi32(_mm512_cvtps_epi32(_mm512_min_ps(places, last)), nan, zero);
-            } else {
-                const __m512 any = _mm512_mul_ps(_mm512_sub_ps(numbers, low), factor);
-                const __m512 cells = _mm512_min_ps(_mm512_max_ps(any, _mm512_setzero_ps()), _mm512_set1_ps(8191.0f));
-                const __m512i bins = _mm512_srli_epi32(_mm512_cvttps_epi32(cells), 5);
-                const __m512i below = _mm512_cvtps_epi32(_mm512_i32gather_ps(bins, table.guess, 4));
-                const __m512 edges = _mm512_i32gather_ps(below, table.edges, 4);
-                const __mmask16 above = _mm512_cmp_ps_mask(cells, edges, _CMP_GE_OQ);
-                const __m512i level = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
-                codes = _mm512_cvtps_epi32(_mm512_i32gather_ps(level, table.codes, 4));
-            }
-            _mm_mask_storeu_epi8(to + i, lanes_left16(dim - i), _mm512_cvtepi32_epi8(codes));
+    void codes(const float* units, int64_t dim, uint8_t* to) const {
+        if (uniform_) {
+            write_codes(whole_, units, dim, to);
+        } else if (fits_) {
+            write_codes(few_, units, dim, to);
+        } else {
+            write_codes(many_, units, dim, to);
         }
     }
+
+  private:
+    const ManyLevels many_;
+    const FewLevels few_;
+    const WholeNumbers whole_;
+    const bool uniform_, fits_;
 };
 
 void close_one(const CloseCall& call, int64_t page, bool values) { Closing<Avx512Loops>(call, page, values).close(); }

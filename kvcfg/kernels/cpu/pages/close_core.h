@@ -130,7 +130,11 @@ class Closing {
             put_eight_bits(elements, scales);
             return;
         }
-        for (int64_t i = 0; i < count; ++i) encode(i, scales + i * scale_bytes, zeros + i * scale_bytes);
+        const Loops loops(side_.levels);
+        const float of_zeros = has_zero() ? 1.0f : 0.0f;
+        for (int64_t i = 0; i < count; ++i) {
+            encode(loops, of_zeros, i, scales + i * scale_bytes, zeros + i * scale_bytes);
+        }
         pack(codes_, count * dim_, int(side_.bits), elements);
     }
 
@@ -235,8 +239,8 @@ class Closing {
     }
 
     // Codes of one head of one token, with the scale, and zero, that has the least squared error.
-    void encode(int64_t index, uint8_t* scale_to, uint8_t* zero_to) {
-        const float largest = float(side_.largest), of_zeros = has_zero() ? 1.0f : 0.0f;
+    void encode(const Loops& loops, float of_zeros, int64_t index, uint8_t* scale_to, uint8_t* zero_to) {
+        const float largest = float(side_.largest);
         const int64_t count = 1 + side_.num_narrower, type = side_.scale_type;
         float* numbers = rows_ + (call_.sink_tokens * heads_ + index) * room_;
         alignas(64) float scales[16], zeros[16] = {}, units[kMostNumbers];
@@ -259,10 +263,10 @@ class Closing {
         if (count > 1) {
             const float unit = scales[0] == 0 ? 1.0f : scales[0];
             Loops::in_units(numbers, dim_, zeros[0], unit, units);
-            float least = Loops::error(units, dim_, 1.0f, 0.0f, *side_.levels);
+            float least = loops.error(units, dim_, 1.0f, 0.0f);
             for (int64_t k = 1; k < count; ++k) {
                 const float shift = (zeros[k] - zeros[0]) / unit;
-                const float error = Loops::error(units, dim_, scales[k] / unit, shift, *side_.levels);
+                const float error = loops.error(units, dim_, scales[k] / unit, shift);
                 if (error < least) {
                     least = error;
                     best = k;
@@ -272,7 +276,7 @@ class Closing {
         put_scale(scale_to, scales[best], type);
         if (side_.asymmetric) put_scale(zero_to, zeros[best], type);
         Loops::in_units(numbers, dim_, zeros[best], scales[best] == 0 ? 1.0f : scales[best], units);
-        Loops::codes(units, dim_, *side_.levels, codes_ + index * dim_);
+        loops.codes(units, dim_, codes_ + index * dim_);
     }
 
     // A zero as it will be read.

@@ -18,6 +18,7 @@ constexpr float kMinusInfinity = -__builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
 
 #define KVCFG_INLINE inline __attribute__((always_inline))
+#define KVCFG_UNROLL _Pragma("GCC unroll 16")  // what is indexed by a loop of fixed length can then be a register
 
 template <class Vector>
 KVCFG_INLINE Vector load(const void* from) {
