@@ -18,8 +18,7 @@ const Kernels& kernels_here() {
         __builtin_cpu_init();
         const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-                            __builtin_cpu_supports("avx512bf16");
+                            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const char* asked = std::getenv("KVCFG_CPU");  // avx2 or portable: fewer instructions than there are
         const bool plain = asked != nullptr && asked[0] == 'p', only_avx2 = asked != nullptr && asked[0] == 'a';

@@ -150,10 +150,6 @@ void read_chunk_scales(Work<Math>& work, const Chunk& chunk) {
             float* zeros = scales + 2 * kChunk * n_heads;
             if (part.scales != nullptr) {
                 read_scales(part.scales, part.scale_type, piece.count * n_heads, scales);
-                const float unit = part.format == kCodes4 ? Math::code_unit(work.call, side) : 1.0f;
-                if (unit != 1.0f) {
-                    for (int64_t i = 0; i < piece.count * n_heads; ++i) scales[i] *= unit;
-                }
             } else {
                 const float* fixed = work.call.head_scales;
                 for (int64_t i = 0; i < piece.count * n_heads; ++i) {

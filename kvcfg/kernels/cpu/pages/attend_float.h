@@ -53,7 +53,6 @@ struct FloatMath {
     static constexpr int64_t kWeightBytes = kChunk * 4, kPackedBytes = 4;
 
     static int64_t query_bytes(int64_t dim) { return dim * 4; }
-    static float code_unit(const AttendCall&, int) { return 1.0f; }
 
     static void take_query(const AttendCall&, const float* query, int64_t dim, uint8_t* to) {
         memcpy(to, query, dim * 4);
@@ -92,12 +91,18 @@ struct FloatMath {
     static void score(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats, int64_t,
                       int64_t count, int64_t first_row, const float* scales) {
         pack_keys(work.call, rows_of_tokens, formats, count, work.key_dim, work.packed);
-        const float* queries = reinterpret_cast<const float*>(work.queries) + first_row * work.key_dim;
+        score_packed(work, count, first_row, scales, work.key_dim);
+    }
+
+    // Queries and packed keys have rows of `dim` numbers.
+    template <class Work_>
+    static void score_packed(Work_& work, int64_t count, int64_t first_row, const float* scales, int64_t dim) {
+        const float* queries = reinterpret_cast<const float*>(work.queries) + first_row * dim;
         const float* keys = reinterpret_cast<const float*>(work.packed);
         for (int64_t row = 0; row < work.rows; row += kRows) {
             for (int64_t token = 0; token < count; token += 16 * kTiles) {
-                score_tile(queries + row * work.key_dim, less(kRows, work.rows - row), keys + token * work.key_dim,
-                           less(kTiles, (count - token + 15) / 16), work.key_dim, scales + token,
+                score_tile(queries + row * dim, less(kRows, work.rows - row), keys + token * dim,
+                           less(kTiles, (count - token + 15) / 16), dim, scales + token,
                            work.scores + row * kChunk + token);
             }
         }
@@ -137,7 +142,12 @@ struct FloatMath {
     static void weigh(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats, int64_t,
                       int64_t count, int64_t first_row) {
         pack_values(work.call, rows_of_tokens, formats, count, work.value_dim, work.packed);
-        const int64_t width = round_up(work.value_dim, 16);
+        weigh_packed(work, count, first_row, round_up(work.value_dim, 16));
+    }
+
+    // Packed values have rows of `width` numbers.
+    template <class Work_>
+    static void weigh_packed(Work_& work, int64_t count, int64_t first_row, int64_t width) {
         const float* values = reinterpret_cast<const float*>(work.packed);
         for (int64_t row = 0; row < work.rows; row += kRows) {
             const int64_t rows = less(kRows, work.rows - row);

@@ -23,7 +23,6 @@ struct VnniMath {
 
     static int64_t plane(int64_t dim) { return round_up(dim, 64); }
     static int64_t query_bytes(int64_t dim) { return 2 * plane(dim) + 64; }
-    static float code_unit(const AttendCall&, int) { return 1.0f; }
 
     static void take_query(const AttendCall&, const float* query, int64_t dim, uint8_t* to) {
         float most = 0, poison = 0;
@@ -154,7 +153,7 @@ struct VnniMath {
     template <int kRows, int kBlocks, class Work_>
     static void score_stored(Work_& work, const uint8_t* const* rows, int64_t count, int64_t first_row, int64_t row,
                              const float* scales) {
-        constexpr int kSlots = kRows == 3 ? 4 : kRows, kTokens = 16 / kSlots, kStep = kTokens < 4 ? kTokens : 4;
+        constexpr int kSlots = kRows == 3 ? 4 : kRows, kTokens = 16 / kSlots, kStep = 2;
         const int64_t dim = work.key_dim, tail = dim - (kBlocks - 1) * 64;
         const uint8_t* queries = work.queries + (first_row + row) * query_bytes(dim);
         const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -171,7 +170,7 @@ struct VnniMath {
             __m512i products[16];
             KVCFG_UNROLL
             for (int step = 0; step < kTokens; step += kStep) {
-                work.ahead.some();
+                if (step % 4 == 0) work.ahead.some();
                 __m512i key[kStep][kBlocks];
                 KVCFG_UNROLL
                 for (int t = 0; t < kStep; ++t) {
@@ -187,13 +186,17 @@ struct VnniMath {
                     const uint8_t* query = queries + r * query_bytes(dim);
                     KVCFG_UNROLL
                     for (int t = 0; t < kStep; ++t) {
-                        __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
+                        __m512i high = _mm512_setzero_si512();
                         KVCFG_UNROLL
                         for (int b = 0; b < kBlocks; ++b) {
                             high = _mm512_dpbusd_epi32(high, key[t][b], _mm512_loadu_si512(query + b * 64));
+                        }
+                        __m512i low = _mm512_slli_epi32(high, 8);
+                        KVCFG_UNROLL
+                        for (int b = 0; b < kBlocks; ++b) {
                             low = _mm512_dpbusd_epi32(low, key[t][b], _mm512_loadu_si512(query + plane(dim) + b * 64));
                         }
-                        products[r * kTokens + step + t] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+                        products[r * kTokens + step + t] = low;
                     }
                 }
             }
@@ -201,15 +204,8 @@ struct VnniMath {
             for (int i = kRows * kTokens; i < 16; ++i) products[i] = _mm512_setzero_si512();
             const __m512i sums = sums_of(products, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
             const __m512i whole = _mm512_add_epi32(sums, _mm512_load_si512(starts));
-            alignas(64) float scored[16];
-            _mm512_store_ps(scored, _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_load_ps(factors)));
-            KVCFG_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                KVCFG_UNROLL
-                for (int t = 0; t < kTokens; ++t) {
-                    scores[r * kChunk + token + t] = scored[r * kTokens + t] * scales[token + t];
-                }
-            }
+            const __m512 scored = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_load_ps(factors));
+            store_scores<kRows>(scored, scales + token, scores + token);
         }
     }
 

@@ -5,8 +5,7 @@
 
 #include <immintrin.h>
 
-#include "lanes.h"
-#include "page_layout.h"
+#include "attend_chunk.h"
 
 namespace kvcfg {
 namespace {
@@ -67,6 +66,10 @@ KVCFG_INLINE Vector sums_of(Vector* vectors, const Add& add) {
 KVCFG_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : (1ull << (count > 0 ? count : 0)) - 1; }
 KVCFG_INLINE __mmask32 first_words(int64_t count) { return count >= 32 ? ~0u : (1u << (count > 0 ? count : 0)) - 1; }
 
+KVCFG_INLINE __mmask16 first_units(int64_t count) {
+    return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << (count > 0 ? count : 0)) - 1);
+}
+
 KVCFG_INLINE __m512i load_bytes(const uint8_t* from, int64_t count) {
     return count >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(first_bytes(count), from);
 }
@@ -80,114 +83,124 @@ inline ByteTable byte_table(int64_t format) {
     ByteTable table;
     for (int code = 0; code < 128; ++code) {
         const Bytes bits = Bytes{} + static_cast<uint8_t>(code);
-        const Floats number = format == kE4M3 ? from_e4m3(bits) : format == kE5M2 ? from_e5m2(bits) : from_int8(bits);
-        const uint16_t half = to_bfloat16(number[0]);
+        const uint16_t half = to_bfloat16((format == kE4M3 ? from_e4m3(bits) : from_e5m2(bits))[0]);
         table.low[code] = static_cast<uint8_t>(half);
         table.high[code] = static_cast<uint8_t>(half >> 8);
     }
     return table;
 }
 
-// The numbers of 4-bit codes as bfloat16, in units that round them least: number = unit * entry.
-struct CodeTable {
-    alignas(64) uint16_t entries[32];  // twice, so that one more bit of an index does not count
-    float unit;
-};
+// Rows are read 64 numbers at a time, those past `dim` 0, as four vectors of float32: numbers 0, 2, … 30 | 1, 3, … 31
+// | 32, 34, … 62 | 33, 35, … 63. What holds two numbers in 32 bits falls apart like this at no cost.
 
-inline float from_bits(uint16_t half) {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
+KVCFG_INLINE void split_words(__m512i words, __m512* numbers) {
+    numbers[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    numbers[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
-inline CodeTable code_table(const float* levels) {
-    CodeTable best;
-    float least = __builtin_inff();
-    for (int step = 0; step < 64; ++step) {
-        const float factor = 1.0f + static_cast<float>(step) / 64;
-        CodeTable tried;
-        float error = 0;
-        for (int code = 0; code < 16; ++code) {
-            tried.entries[code] = tried.entries[code + 16] = to_bfloat16(levels[code] * factor);
-            const float missed = from_bits(tried.entries[code]) / factor - levels[code];
-            error += missed * missed;
-        }
-        tried.unit = 1.0f / factor;
-        if (error < least) {
-            least = error;
-            best = tried;
-        }
-    }
-    return best;
+KVCFG_INLINE void split_floats(__m512 first, __m512 second, __m512* numbers) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    numbers[0] = _mm512_permutex2var_ps(first, even, second);
+    numbers[1] = _mm512_permutex2var_ps(first, _mm512_or_si512(even, _mm512_set1_epi32(1)), second);
 }
 
-// Tables of a call; those of the last levels are kept, as they are the same layer after layer.
-struct Tables {
-    ByteTable e4m3 = byte_table(kE4M3), e5m2 = byte_table(kE5M2), int8 = byte_table(kInt8);
-    CodeTable codes[2] = {};
-    float levels[32] = {};
-    bool has_levels = false;
+// Place of a number in a row that was read.
+KVCFG_INLINE int64_t place_of(int64_t number) {
+    const int64_t within = number % 32;
+    return number - within + within % 2 * 16 + within / 2;
+}
 
-    void know(const float* called) {
-        if (called == nullptr || (has_levels && memcmp(called, levels, sizeof levels) == 0)) return;
-        memcpy(levels, called, sizeof levels);
-        codes[0] = code_table(levels);
-        codes[1] = code_table(levels + 16);
-        has_levels = true;
+struct Float32Row {
+    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512* numbers) const {
+        const uint8_t* from = row + begin * 4;
+        KVCFG_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const __m512 first = _mm512_maskz_loadu_ps(first_units(dim - begin - half * 32), from + half * 128);
+            const __m512 second = _mm512_maskz_loadu_ps(first_units(dim - begin - half * 32 - 16), from + half * 128 + 64);
+            split_floats(first, second, numbers + half * 2);
+        }
     }
 };
 
-// 64 numbers of a row from `begin` on as bfloat16, those past `dim` 0: two units of 32.
+struct Float16Row {
+    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512* numbers) const {
+        KVCFG_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const __m512i halves = _mm512_maskz_loadu_epi16(first_words(dim - begin - half * 32), row + begin * 2 + half * 64);
+            split_floats(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+                         _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), numbers + half * 2);
+        }
+    }
+};
+
 struct BFloat16Row {
-    KVCFG_INLINE static void read(const uint8_t* row, int64_t begin, int64_t dim, __m512i* units) {
-        const uint8_t* from = row + begin * 2;
-        units[0] = _mm512_maskz_loadu_epi16(first_words(dim - begin), from);
-        units[1] = _mm512_maskz_loadu_epi16(first_words(dim - begin - 32), from + 64);
+    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512* numbers) const {
+        KVCFG_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            split_words(_mm512_maskz_loadu_epi16(first_words(dim - begin - half * 32), row + begin * 2 + half * 64),
+                        numbers + half * 2);
+        }
     }
 };
-
-KVCFG_INLINE void look_up(__m512i bytes, const ByteTable& table, __m512i* units) {
-    // Unpacking works within 16 bytes; so that its results stand in order, eights of bytes are moved first.
-    bytes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), bytes);
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), bytes, _mm512_load_si512(table.low + 64));
-    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes, _mm512_load_si512(table.high + 64));
-    high = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
-    units[0] = _mm512_unpacklo_epi8(low, high);
-    units[1] = _mm512_unpackhi_epi8(low, high);
-}
 
 struct ByteFloatRow {
     const ByteTable& table;
-    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512i* units) const {
-        look_up(load_bytes(row + begin, dim - begin), table, units);
+    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512* numbers) const {
+        // Unpacking works within 16 bytes; so that its results stand in order, eights of bytes are moved first.
+        const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m512i bytes = _mm512_permutexvar_epi64(order, load_bytes(row + begin, dim - begin));
+        const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), bytes, _mm512_load_si512(table.low + 64));
+        __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes, _mm512_load_si512(table.high + 64));
+        high = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+        split_words(_mm512_unpacklo_epi8(low, high), numbers);
+        split_words(_mm512_unpackhi_epi8(low, high), numbers + 2);
     }
 };
 
 struct Int8Row {
-    const ByteTable& table;
-    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512i* units) const {
-        const __m512i bytes = load_bytes(row + begin, dim - begin), sign = _mm512_set1_epi8(static_cast<char>(0x80));
-        const __m512i magnitude = _mm512_abs_epi8(bytes);
-        look_up(_mm512_ternarylogic_epi32(magnitude, bytes, sign, 0xf8), table, units);
+    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512* numbers) const {
+        const __m512i bytes = load_bytes(row + begin, dim - begin);
+        KVCFG_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const __m512i pairs = _mm512_cvtepu16_epi32(half == 0 ? _mm512_castsi512_si256(bytes)
+                                                                  : _mm512_extracti64x4_epi64(bytes, 1));
+            numbers[half * 2] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+            numbers[half * 2 + 1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 24));
+        }
     }
 };
 
 struct CodeRow {
-    const CodeTable& table;
-    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512i* units) const {
-        const __m512i entries = _mm512_load_si512(table.entries);
-        const int64_t left = (dim - begin) / 2;
+    const float* levels;  // [16]
+    KVCFG_INLINE void read(const uint8_t* row, int64_t begin, int64_t dim, __m512* numbers) const {
+        const __m512 table = _mm512_loadu_ps(levels);
         KVCFG_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const int64_t count = left - half * 16;
-            const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1 << (count > 0 ? count : 0)) - 1);
+            const __mmask16 mask = first_units((dim - begin - half * 32) / 2);
             const __m512i pairs = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, row + begin / 2 + half * 16));
-            const __m512i apart = _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));
-            units[half] = _mm512_permutexvar_epi16(apart, entries);
+            numbers[half * 2] = _mm512_maskz_permutexvar_ps(mask, pairs, table);
+            numbers[half * 2 + 1] = _mm512_maskz_permutexvar_ps(mask, _mm512_srli_epi32(pairs, 4), table);
         }
     }
 };
+
+// Scores of kRows rows and 16 / kRows tokens (of three rows as of four), lane after lane, times the scales of tokens.
+template <int kRows>
+KVCFG_INLINE void store_scores(__m512 products, const float* scales, float* scores) {
+    if (kRows == 1) {
+        _mm512_storeu_ps(scores, _mm512_mul_ps(products, _mm512_loadu_ps(scales)));
+    } else if (kRows == 2) {
+        const __m256 scale = _mm256_loadu_ps(scales);
+        _mm256_storeu_ps(scores, _mm256_mul_ps(_mm512_castps512_ps256(products), scale));
+        _mm256_storeu_ps(scores + kChunk, _mm256_mul_ps(_mm512_extractf32x8_ps(products, 1), scale));
+    } else {
+        const __m512 scaled = _mm512_mul_ps(products, _mm512_broadcast_f32x4(_mm_loadu_ps(scales)));
+        _mm_storeu_ps(scores, _mm512_castps512_ps128(scaled));
+        _mm_storeu_ps(scores + kChunk, _mm512_extractf32x4_ps(scaled, 1));
+        _mm_storeu_ps(scores + 2 * kChunk, _mm512_extractf32x4_ps(scaled, 2));
+        if (kRows == 4) _mm_storeu_ps(scores + 3 * kChunk, _mm512_extractf32x4_ps(scaled, 3));
+    }
+}
 
 }  // namespace
 }  // namespace kvcfg

@@ -30,6 +30,11 @@ namespace {
 
 #define KVCFG_INLINE inline __attribute__((always_inline))
 
+// What numbers are multiplied by before they are looked up, and what is taken away then.
+struct Change {
+    __m512 factor, offset;
+};
+
 // At most 16 levels looked up in registers: 32 bins of 256 cells, each with one edge in it at most.
 class FewLevels {
   public:
@@ -48,12 +53,19 @@ class FewLevels {
         }
     }
 
-    KVCFG_INLINE __m512 nearest(__m512 numbers) const { return _mm512_permutexvar_ps(places(numbers), levels_); }
-    KVCFG_INLINE __m512i codes(__m512 numbers) const { return _mm512_permutexvar_epi32(places(numbers), codes_); }
+    KVCFG_INLINE Change change(__m512 inverse) const {
+        return {_mm512_mul_ps(inverse, factor_), _mm512_mul_ps(low_, factor_)};
+    }
+    KVCFG_INLINE __m512 nearest(__m512 numbers, const Change& change) const {
+        return _mm512_permutexvar_ps(places(_mm512_fmsub_ps(numbers, change.factor, change.offset)), levels_);
+    }
+
+    KVCFG_INLINE __m512i codes(__m512 numbers) const {
+        return _mm512_permutexvar_epi32(places(_mm512_mul_ps(_mm512_sub_ps(numbers, low_), factor_)), codes_);
+    }
 
   private:
-    KVCFG_INLINE __m512i places(__m512 numbers) const {
-        const __m512 any = _mm512_mul_ps(_mm512_sub_ps(numbers, low_), factor_);
+    KVCFG_INLINE __m512i places(__m512 any) const {
         const __m512 cells = _mm512_min_ps(_mm512_max_ps(any, _mm512_setzero_ps()), _mm512_set1_ps(8191.0f));
         const __m512i bins = _mm512_srli_epi32(_mm512_cvttps_epi32(cells), 8);
         const __m512 edges = _mm512_permutex2var_ps(edges_[0], bins, edges_[1]);
@@ -91,28 +103,40 @@ class WholeNumbers {
     explicit WholeNumbers(const Levels& table)
         : low_(_mm512_set1_ps(table.levels[0])), high_(_mm512_set1_ps(table.levels[int(table.count) - 1])) {}
 
-    KVCFG_INLINE __m512 nearest(__m512 numbers) const {
-        const __m512 whole = _mm512_roundscale_ps(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        return _mm512_min_ps(high_, _mm512_max_ps(low_, whole));
+    KVCFG_INLINE Change change(__m512 inverse) const { return {inverse, _mm512_setzero_ps()}; }
+    KVCFG_INLINE __m512 nearest(__m512 numbers, const Change& change) const {
+        return rounded(_mm512_mul_ps(numbers, change.factor));
     }
 
     KVCFG_INLINE __m512i codes(__m512 numbers) const {
         const __mmask16 nan = _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
-        const __m512 number = _mm512_mask_mov_ps(nearest(numbers), nan, _mm512_setzero_ps());
+        const __m512 number = _mm512_mask_mov_ps(rounded(numbers), nan, _mm512_setzero_ps());
         return _mm512_cvtps_epi32(_mm512_sub_ps(number, low_));
     }
 
   private:
+    KVCFG_INLINE __m512 rounded(__m512 numbers) const {
+        const __m512 whole = _mm512_roundscale_ps(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return _mm512_min_ps(high_, _mm512_max_ps(low_, whole));
+    }
+
     __m512 low_, high_;
 };
 
 template <class Table>
 KVCFG_INLINE float squared_error(const Table& table, const float* units, int64_t dim, float ratio, float shift) {
-    const __m512 ratios = _mm512_set1_ps(ratio), inverse = _mm512_set1_ps(1.0f / ratio), shifts = _mm512_set1_ps(shift);
+    const __m512 ratios = _mm512_set1_ps(ratio), shifts = _mm512_set1_ps(shift);
+    const Change change = table.change(_mm512_set1_ps(1.0f / ratio));
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < dim; i += 16) {
+    int64_t i = 0;
+    for (; i + 16 <= dim; i += 16) {
         const __m512 numbers = _mm512_sub_ps(_mm512_load_ps(units + i), shifts);
-        const __m512 rest = _mm512_fnmadd_ps(table.nearest(_mm512_mul_ps(numbers, inverse)), ratios, numbers);
+        const __m512 rest = _mm512_fnmadd_ps(table.nearest(numbers, change), ratios, numbers);
+        sum = _mm512_fmadd_ps(rest, rest, sum);
+    }
+    if (i < dim) {
+        const __m512 numbers = _mm512_sub_ps(_mm512_load_ps(units + i), shifts);
+        const __m512 rest = _mm512_fnmadd_ps(table.nearest(numbers, change), ratios, numbers);
         sum = _mm512_mask3_fmadd_ps(rest, rest, sum, lanes_left16(dim - i));
     }
     return _mm512_reduce_add_ps(sum);

@@ -40,16 +40,29 @@ KVCFG_INLINE Ints as_ints(Floats bits) { return (Ints)bits; }
 // The larger one; `other` where `number` is NaN.
 KVCFG_INLINE Floats larger(Floats number, Floats other) { return number > other ? number : other; }
 
+typedef float HalfFloats __attribute__((vector_size(32), aligned(32)));
+typedef float QuarterFloats __attribute__((vector_size(16), aligned(16)));
+
 KVCFG_INLINE float sum(Floats numbers) {
-    float total = 0;
-    for (int lane = 0; lane < 16; ++lane) total += numbers[lane];
-    return total;
+    HalfFloats halves[2];
+    QuarterFloats quarters[2];
+    memcpy(halves, &numbers, sizeof halves);
+    const HalfFloats half = halves[0] + halves[1];
+    memcpy(quarters, &half, sizeof quarters);
+    const QuarterFloats quarter = quarters[0] + quarters[1];
+    return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
 KVCFG_INLINE float largest(Floats numbers) {
-    float most = numbers[0];
-    for (int lane = 1; lane < 16; ++lane) most = numbers[lane] > most ? numbers[lane] : most;
-    return most;
+    HalfFloats halves[2];
+    QuarterFloats quarters[2];
+    memcpy(halves, &numbers, sizeof halves);
+    const HalfFloats half = halves[0] > halves[1] ? halves[0] : halves[1];
+    memcpy(quarters, &half, sizeof quarters);
+    const QuarterFloats quarter = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+    const float low = quarter[0] > quarter[1] ? quarter[0] : quarter[1];
+    const float high = quarter[2] > quarter[3] ? quarter[2] : quarter[3];
+    return low > high ? low : high;
 }
 
 // 2^x for x of at most 127, relative error 2e-7; 0 below 2^-126, NaN of NaN. The polynomial is the Taylor series of
