@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from kvcfg.cache.closing import ClosingStorage
+from kvcfg.cache.closing_step import closing_step
 from kvcfg.cache.manager import KVCacheManager
 from kvcfg.cache.replica import CacheOptions
 from kvcfg.cache.step import first_seen
+from kvcfg.cache.storage import KeysValues
 from kvcfg.dtypes import DeviceRef, DType
 from kvcfg.errors import CapacityError
 from kvcfg.formats import FORMATS, Recipe
@@ -73,6 +75,15 @@ def token(prefix: tuple[int, ...], salt: bytes, layer: int) -> torch.Tensor:
     return torch.randn((2, HEADS, WIDTH), generator=generator)
 
 
+def closed_alone(storage: ClosingStorage, layer: int, numbers: list[torch.Tensor]) -> KeysValues:
+    """Whole pages of tokens as they are read closed, made at once in a storage of their own."""
+    count = len(numbers[0]) // SIZE
+    own, pages = ClosingStorage(storage.params, count, 1, [torch.device("cpu")]), torch.arange(count)
+    places = {"page_size": SIZE, "ring_pages": own.ring_pages, "horizon": 0}
+    own.write(layer, closing_step(pages.unsqueeze(0), [0], [0], [count * SIZE], [0], **places), *numbers)
+    return own.read(layer, pages, torch.float32)
+
+
 @dataclass
 class Row:
     """A sequence of the model."""
@@ -121,8 +132,7 @@ def machine(
             closed = max(query - num_drafts, row.firm) // SIZE
             if not closed:
                 return torch.cat(states, -1)
-            pages = [item[: closed * SIZE].unflatten(0, (closed, SIZE)) for item in states]
-            whole = storage.decode(place, storage.encode(place, *pages), torch.float32)
+            whole = closed_alone(storage, place, [item[: closed * SIZE] for item in numbers])
             return torch.cat(
                 [torch.cat((old, new[closed * SIZE :])) for old, new in zip(whole, states, strict=True)], -1
             )

@@ -8,6 +8,7 @@
 namespace kvcfg {
 namespace {
 
+constexpr int64_t kScores = 144;  // from one row's scores to the next one's: the last group of tokens may run over
 constexpr int64_t kChunk = 128;  // tokens; what is made of them for one head fits in the first level of cache
 
 // Keys, or values, of tokens that follow one another in one page.
@@ -83,49 +84,51 @@ inline void find_tokens(const AttendCall& call, int64_t sequence, int64_t begin,
 // the chunk before is worked on.
 class Ahead {
 public:
-    // `calls`: how often `some` will be called.
+    // The chunk, and how often `some` will be called about.
     void follow(const Chunk& chunk, int64_t calls) {
         chunk_ = &chunk;
         number_ = -1;
         side_ = 1;
-        left_ = 0;
-        int64_t lines = 0;
+        in_side_ = done_ = lines_ = 0;
         for (int64_t number = 0; number < chunk.num_pieces; ++number) {
-            const Piece& piece = chunk.pieces[number];
-            for (const Side& side : piece.sides) lines += (piece.count * side.token_bytes + 63) / 64;
+            for (const Side& side : chunk.pieces[number].sides) lines_ += lines_of(chunk.pieces[number], side);
         }
-        lines_a_call_ = (lines + calls - 1) / calls;
+        a_call_ = (lines_ + calls - 1) / calls;
     }
 
-    void rest() { lines_a_call_ = 0; }
+    void rest() { a_call_ = lines_ = done_ = 0; }
 
-    KVCFG_INLINE void some() {
-        for (int64_t line = 0; line < lines_a_call_; ++line) {
-            if (left_ == 0 && !next()) return;
-            __builtin_prefetch(at_, 0, 2);
-            at_ += 64;
-            --left_;
-        }
-    }
+    KVCFG_INLINE void some() { fetch(a_call_); }
+
+    // What is missing until `part` of `parts` are there.
+    void until(int64_t part, int64_t parts) { fetch(lines_ * part / parts - done_); }
 
 private:
-    bool next() {
-        if (number_ >= 0 && side_ == 0) {
-            side_ = 1;
-        } else {
-            if (number_ + 1 >= chunk_->num_pieces) return false;
-            ++number_;
-            side_ = 0;
+    static int64_t lines_of(const Piece& piece, const Side& side) { return (piece.count * side.token_bytes + 63) / 64; }
+
+    KVCFG_INLINE void fetch(int64_t count) {
+        for (int64_t line = 0; line < count; ++line) {
+            if (in_side_ == 0 && !next()) return;
+            __builtin_prefetch(at_, 0, 2);
+            at_ += 64;
+            --in_side_;
+            ++done_;
         }
+    }
+
+    bool next() {
+        if (number_ + (side_ == 1) >= chunk_->num_pieces) return false;
+        number_ += side_ == 1;
+        side_ ^= 1;
         const Piece& piece = chunk_->pieces[number_];
         at_ = piece.sides[side_].elements;
-        left_ = (piece.count * piece.sides[side_].token_bytes + 63) / 64;
-        return left_ > 0;
+        in_side_ = lines_of(piece, piece.sides[side_]);
+        return in_side_ > 0;
     }
 
     const Chunk* chunk_ = nullptr;
     const uint8_t* at_ = nullptr;
-    int64_t number_ = -1, side_ = 1, left_ = 0, lines_a_call_ = 0;
+    int64_t number_ = -1, side_ = 1, in_side_ = 0, done_ = 0, lines_ = 0, a_call_ = 0;
 };
 
 KVCFG_INLINE float one_scale(const uint8_t* from, int64_t type) {

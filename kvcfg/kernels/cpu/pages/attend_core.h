@@ -32,7 +32,7 @@ struct Work {
     float* total;          // [heads * rows] sum of weights
     float* shift;          // [heads * rows] what zeros of values add
     float* sums;           // [heads * rows, width] weighted values
-    float* scores;         // [rows, kChunk]
+    float* scores;         // [rows, kScores]
     float* corrections;    // [rows] what sums so far are multiplied by
     uint8_t* weights;      // [rows] as Math takes them
     float* weight_scales;  // [rows]
@@ -64,7 +64,7 @@ struct Work {
         total = take<float>(scratch, all_rows);
         shift = take<float>(scratch, all_rows);
         sums = take<float>(scratch, all_rows * width);
-        scores = take<float>(scratch, rows * kChunk);
+        scores = take<float>(scratch, rows * kScores);
         corrections = take<float>(scratch, rows);
         weights = take<uint8_t>(scratch, rows * Math::kWeightBytes);
         weight_scales = take<float>(scratch, rows);
@@ -176,25 +176,20 @@ void pick_head(Work<Math>& work, const Chunk& chunk, int64_t head, int part, flo
     for (int64_t token = chunk.count; token < round_up(chunk.count, 16); ++token) to[token] = 0;
 }
 
-// The elements of each token of a chunk in one head, and whether all are of one format (else -1).
+// The elements of each token of a chunk in one head, and its format.
 template <class Math>
-int64_t token_rows(Work<Math>& work, const Chunk& chunk, int side, int64_t head, const uint8_t** rows, uint8_t* formats) {
-    int64_t format = chunk.pieces[0].sides[side].format;
+void token_rows(Work<Math>& work, const Chunk& chunk, int side, int64_t head, const uint8_t** rows, uint8_t* formats) {
     for (int64_t number = 0; number < chunk.num_pieces; ++number) {
         const Piece& piece = chunk.pieces[number];
         const Side& part = piece.sides[side];
         const uint8_t* row = part.elements + head * part.head_bytes;
-        for (int64_t i = 0; i < piece.count; ++i, row += part.token_bytes) {
-            rows[piece.begin + i] = row;
-            formats[piece.begin + i] = static_cast<uint8_t>(part.format);
-        }
-        if (part.format != format) format = -1;
+        for (int64_t i = 0; i < piece.count; ++i, row += part.token_bytes) rows[piece.begin + i] = row;
+        memset(formats + piece.begin, static_cast<int>(part.format), piece.count);
     }
     for (int64_t token = chunk.count; token < round_up(chunk.count, 16); ++token) {
         rows[token] = work.nothing;
         formats[token] = formats[chunk.count - 1];
     }
-    return format;
 }
 
 // What the means of pages add to the scores of their tokens.
@@ -213,7 +208,7 @@ void add_means(Work<Math>& work, const Chunk& chunk, int64_t head, int64_t first
             for (; i + 16 <= dim; i += 16) products += load<Floats>(query + i) * load<Floats>(work.one_row + i);
             float added = sum(products);
             for (; i < dim; ++i) added += query[i] * work.one_row[i];
-            float* scores = work.scores + row * kChunk + piece.begin;
+            float* scores = work.scores + row * kScores + piece.begin;
             for (int64_t token = 0; token < piece.count; ++token) scores[token] += added;
         }
     }
@@ -224,7 +219,7 @@ template <class Math>
 void soften(Work<Math>& work, const Chunk& chunk, int64_t row, int64_t place) {
     const AttendCall& call = work.call;
     const int64_t end = round_up(chunk.count, 16), query = work.item.query_begin + row / work.group;
-    float* scores = work.scores + row * kChunk;
+    float* scores = work.scores + row * kScores;
     if (call.softcap > 0) {
         const float cap = static_cast<float>(call.softcap) * kLog2E;
         for (int64_t i = 0; i < end; i += 16) store(scores + i, cap * tanh_of(load<Floats>(scores + i)));
@@ -273,24 +268,24 @@ void attend_head(Work<Math>& work, const Chunk& chunk, int64_t head) {
     }
     const float *key_scales = work.of_head, *value_scales = work.of_head + kChunk;
 
-    int64_t format = token_rows(work, chunk, 0, kv_head, rows, formats);
-    Math::score(work, rows, formats, format, chunk.count, first_row, key_scales);
+    token_rows(work, chunk, 0, kv_head, rows, formats);
+    Math::score(work, rows, formats, chunk.count, first_row, key_scales);
     if (call.layout->keys.zeros >= 0) {
         const float* zeros = work.of_head + 2 * kChunk;
         for (int64_t row = 0; row < work.rows; ++row) {
-            float* scores = work.scores + row * kChunk;
+            float* scores = work.scores + row * kScores;
             for (int64_t i = 0; i < chunk.count; ++i) scores[i] += zeros[i] * work.query_sums[first_row + row];
         }
     }
     if (call.layout->keys.means >= 0) add_means(work, chunk, kv_head, first_row);
     for (int64_t row = 0; row < work.rows; ++row) {
         soften(work, chunk, row, first_row + row);
-        Math::take_weights(call, work.scores + row * kChunk, value_scales, round_up(chunk.count, 16),
+        Math::take_weights(call, work.scores + row * kScores, value_scales, round_up(chunk.count, 16),
                            work.weights + row * Math::kWeightBytes, work.weight_scales + row);
     }
 
-    format = token_rows(work, chunk, 1, kv_head, rows, formats);
-    Math::weigh(work, rows, formats, format, chunk.count, first_row);
+    token_rows(work, chunk, 1, kv_head, rows, formats);
+    Math::weigh(work, rows, formats, chunk.count, first_row);
 }
 
 // A row's sums in their natural order, turned back, to the output.
@@ -357,7 +352,10 @@ void run_item(const AttendCall& call, const Item& item, uint8_t* scratch) {
         } else {
             work.ahead.rest();
         }
-        for (int64_t head = 0; head < work.heads; ++head) attend_head(work, *chunk, head);
+        for (int64_t head = 0; head < work.heads; ++head) {
+            attend_head(work, *chunk, head);
+            work.ahead.until(head + 1, work.heads);
+        }
         Chunk* done = chunk;
         chunk = next;
         next = done;

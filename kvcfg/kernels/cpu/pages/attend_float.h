@@ -88,7 +88,7 @@ struct FloatMath {
     }
 
     template <class Work_>
-    static void score(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats, int64_t,
+    static void score(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats,
                       int64_t count, int64_t first_row, const float* scales) {
         pack_keys(work.call, rows_of_tokens, formats, count, work.key_dim, work.packed);
         score_packed(work, count, first_row, scales, work.key_dim);
@@ -103,7 +103,7 @@ struct FloatMath {
             for (int64_t token = 0; token < count; token += 16 * kTiles) {
                 score_tile(queries + row * dim, less(kRows, work.rows - row), keys + token * dim,
                            less(kTiles, (count - token + 15) / 16), dim, scales + token,
-                           work.scores + row * kChunk + token);
+                           work.scores + row * kScores + token);
             }
         }
     }
@@ -127,7 +127,7 @@ struct FloatMath {
         }
         for (int r = 0; r < rows; ++r) {
             for (int t = 0; t < tiles; ++t) {
-                store(scores + r * kChunk + t * 16, sums[r][t] * load<Floats>(scales + t * 16));
+                store(scores + r * kScores + t * 16, sums[r][t] * load<Floats>(scales + t * 16));
             }
         }
     }
@@ -139,7 +139,7 @@ struct FloatMath {
     }
 
     template <class Work_>
-    static void weigh(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats, int64_t,
+    static void weigh(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats,
                       int64_t count, int64_t first_row) {
         pack_values(work.call, rows_of_tokens, formats, count, work.value_dim, work.packed);
         weigh_packed(work, count, first_row, round_up(work.value_dim, 16));

@@ -55,14 +55,25 @@ struct FusedMath {
         }
     }
 
+    // Calls `use(begin, end)` for every run of tokens of one format.
+    template <class Use>
+    static void each_run(const uint8_t* formats, int64_t count, const Use& use) {
+        for (int64_t begin = 0, end; begin < count; begin = end) {
+            for (end = begin + 1; end < count && formats[end] == formats[begin]; ++end) {}
+            use(begin, end);
+        }
+    }
+
+    // The last group of a run may hold tokens past it: their rows are read again, and their scores are written anew by
+    // the next run, or lie past the chunk.
     template <int kRows, class Row, class Work_>
-    static void score_stored(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t count,
+    static void score_stored(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t first, int64_t end,
                              int64_t first_row, int64_t row, const float* scales) {
         constexpr int kSlots = kRows == 3 ? 4 : kRows, kTokens = 16 / kSlots;
         const int64_t dim = work.key_dim, width = padded(dim);
         const float* queries = reinterpret_cast<const float*>(work.queries) + (first_row + row) * width;
-        float* scores = work.scores + row * kChunk;
-        for (int64_t token = 0; token < count; token += kTokens) {
+        float* scores = work.scores + row * kScores;
+        for (int64_t token = first; token < end; token += kTokens) {
             __m512 products[16];
             KVCFG_UNROLL
             for (int i = 0; i < 16; ++i) products[i] = _mm512_setzero_ps();
@@ -71,8 +82,8 @@ struct FusedMath {
                 KVCFG_UNROLL
                 for (int t = 0; t < kTokens; t += 2) {
                     __m512 keys[2][4];
-                    reader.read(rows[token + t], begin, dim, keys[0]);
-                    reader.read(rows[token + t + 1], begin, dim, keys[1]);
+                    reader.read(rows[less(token + t, end - 1)], begin, dim, keys[0]);
+                    reader.read(rows[less(token + t + 1, end - 1)], begin, dim, keys[1]);
                     KVCFG_UNROLL
                     for (int r = 0; r < kRows; ++r) {
                         KVCFG_UNROLL
@@ -91,24 +102,26 @@ struct FusedMath {
     }
 
     template <class Row, class Work_>
-    static void score_rows(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t count,
+    static void score_rows(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t first, int64_t end,
                            int64_t first_row, const float* scales) {
         int64_t row = 0;
-        for (; row + 4 <= work.rows; row += 4) score_stored<4>(work, reader, rows, count, first_row, row, scales);
+        for (; row + 4 <= work.rows; row += 4) score_stored<4>(work, reader, rows, first, end, first_row, row, scales);
         switch (work.rows - row) {
-            case 3: return score_stored<3>(work, reader, rows, count, first_row, row, scales);
-            case 2: return score_stored<2>(work, reader, rows, count, first_row, row, scales);
-            case 1: return score_stored<1>(work, reader, rows, count, first_row, row, scales);
+            case 3: return score_stored<3>(work, reader, rows, first, end, first_row, row, scales);
+            case 2: return score_stored<2>(work, reader, rows, first, end, first_row, row, scales);
+            case 1: return score_stored<1>(work, reader, rows, first, end, first_row, row, scales);
             default: return;
         }
     }
 
     template <class Work_>
-    static void score(Work_& work, const uint8_t* const* rows, const uint8_t* formats, int64_t format, int64_t count,
+    static void score(Work_& work, const uint8_t* const* rows, const uint8_t* formats, int64_t count,
                       int64_t first_row, const float* scales) {
-        if (work.rows <= kFewRows && format >= 0) {
-            return with_row(work.call, format, 0, [&](const auto& reader) {
-                score_rows(work, reader, rows, count, first_row, scales);
+        if (work.rows <= kFewRows) {
+            return each_run(formats, count, [&](int64_t first, int64_t end) {
+                with_row(work.call, formats[first], 0, [&](const auto& reader) {
+                    score_rows(work, reader, rows, first, end, first_row, scales);
+                });
             });
         }
         const int64_t width = padded(work.key_dim);
@@ -133,7 +146,7 @@ struct FusedMath {
     }
 
     template <int kRows, class Row, class Work_>
-    static void weigh_stored(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t count,
+    static void weigh_stored(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t first, int64_t end,
                              int64_t first_row, int64_t row, int64_t begin) {
         const float* weights = reinterpret_cast<const float*>(work.weights) + row * kChunk;
         __m512 added[kRows][4];
@@ -142,7 +155,7 @@ struct FusedMath {
             KVCFG_UNROLL
             for (int part = 0; part < 4; ++part) added[r][part] = _mm512_setzero_ps();
         }
-        for (int64_t token = 0; token < count; ++token) {
+        for (int64_t token = first; token < end; ++token) {
             __m512 values[4];
             reader.read(rows[token], begin, work.value_dim, values);
             KVCFG_UNROLL
@@ -156,7 +169,7 @@ struct FusedMath {
         KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
             float* to = work.sums + (first_row + row + r) * work.width + begin;
-            const __m512 correction = _mm512_set1_ps(work.corrections[row + r]);
+            const __m512 correction = _mm512_set1_ps(first == 0 ? work.corrections[row + r] : 1.0f);
             KVCFG_UNROLL
             for (int part = 0; part < 4; ++part) {
                 const __m512 before = _mm512_loadu_ps(to + part * 16);
@@ -166,26 +179,28 @@ struct FusedMath {
     }
 
     template <class Row, class Work_>
-    static void weigh_rows(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t count,
+    static void weigh_rows(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t first, int64_t end,
                            int64_t first_row) {
         for (int64_t begin = 0; begin < work.value_dim; begin += 64) {
             int64_t row = 0;
-            for (; row + 4 <= work.rows; row += 4) weigh_stored<4>(work, reader, rows, count, first_row, row, begin);
+            for (; row + 4 <= work.rows; row += 4) weigh_stored<4>(work, reader, rows, first, end, first_row, row, begin);
             switch (work.rows - row) {
-                case 3: weigh_stored<3>(work, reader, rows, count, first_row, row, begin); break;
-                case 2: weigh_stored<2>(work, reader, rows, count, first_row, row, begin); break;
-                case 1: weigh_stored<1>(work, reader, rows, count, first_row, row, begin); break;
+                case 3: weigh_stored<3>(work, reader, rows, first, end, first_row, row, begin); break;
+                case 2: weigh_stored<2>(work, reader, rows, first, end, first_row, row, begin); break;
+                case 1: weigh_stored<1>(work, reader, rows, first, end, first_row, row, begin); break;
                 default: break;
             }
         }
     }
 
     template <class Work_>
-    static void weigh(Work_& work, const uint8_t* const* rows, const uint8_t* formats, int64_t format, int64_t count,
+    static void weigh(Work_& work, const uint8_t* const* rows, const uint8_t* formats, int64_t count,
                       int64_t first_row) {
-        if (work.rows <= kFewRows && format >= 0) {
-            return with_row(work.call, format, 1, [&](const auto& reader) {
-                weigh_rows(work, reader, rows, count, first_row);
+        if (work.rows <= kFewRows) {
+            return each_run(formats, count, [&](int64_t first, int64_t end) {
+                with_row(work.call, formats[first], 1, [&](const auto& reader) {
+                    weigh_rows(work, reader, rows, first, end, first_row);
+                });
             });
         }
         const int64_t width = padded(work.value_dim);

@@ -129,7 +129,7 @@ struct VnniMath {
                 const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r][t]), _mm512_set1_ps(256.0f),
                                                      _mm512_cvtepi32_ps(low[r][t]));
                 const __m512 factor = _mm512_mul_ps(_mm512_loadu_ps(scales + t * 16), _mm512_set1_ps(facts[r].scale));
-                _mm512_storeu_ps(scores + r * kChunk + t * 16, _mm512_mul_ps(whole, factor));
+                _mm512_storeu_ps(scores + r * kScores + t * 16, _mm512_mul_ps(whole, factor));
             }
         }
     }
@@ -138,7 +138,7 @@ struct VnniMath {
     static void score_rows(Work_& work, int64_t count, int64_t first_row, int64_t row, const float* scales) {
         const int64_t dim = work.key_dim, token_bytes = (dim + 3) / 4 * 4;
         const uint8_t* queries = work.queries + (first_row + row) * query_bytes(dim);
-        float* scores = work.scores + row * kChunk;
+        float* scores = work.scores + row * kScores;
         constexpr int kTiles = kRows <= 2 ? 4 : 2;
         int64_t token = 0;
         for (; token + 16 * kTiles <= round_up(count, 16); token += 16 * kTiles) {
@@ -165,7 +165,7 @@ struct VnniMath {
             starts[lane] = facts.high_start * 256 + facts.low_start;
             factors[lane] = facts.scale;
         }
-        float* scores = work.scores + row * kChunk;
+        float* scores = work.scores + row * kScores;
         for (int64_t token = 0; token < count; token += kTokens) {
             __m512i products[16];
             KVCFG_UNROLL
@@ -221,7 +221,7 @@ struct VnniMath {
     }
 
     template <class Work_>
-    static void score(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t, int64_t count,
+    static void score(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t count,
                       int64_t first_row, const float* scales) {
         int64_t row = 0;
         if (work.rows <= kFewRows && work.key_dim <= 256) {
@@ -367,7 +367,7 @@ struct VnniMath {
     }
 
     template <class Work_>
-    static void weigh(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t, int64_t count,
+    static void weigh(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t count,
                       int64_t first_row) {
         int64_t row = 0;
         if (work.rows <= kFewRows) {

@@ -192,13 +192,13 @@ KVCFG_INLINE void store_scores(__m512 products, const float* scales, float* scor
     } else if (kRows == 2) {
         const __m256 scale = _mm256_loadu_ps(scales);
         _mm256_storeu_ps(scores, _mm256_mul_ps(_mm512_castps512_ps256(products), scale));
-        _mm256_storeu_ps(scores + kChunk, _mm256_mul_ps(_mm512_extractf32x8_ps(products, 1), scale));
+        _mm256_storeu_ps(scores + kScores, _mm256_mul_ps(_mm512_extractf32x8_ps(products, 1), scale));
     } else {
         const __m512 scaled = _mm512_mul_ps(products, _mm512_broadcast_f32x4(_mm_loadu_ps(scales)));
         _mm_storeu_ps(scores, _mm512_castps512_ps128(scaled));
-        _mm_storeu_ps(scores + kChunk, _mm512_extractf32x4_ps(scaled, 1));
-        _mm_storeu_ps(scores + 2 * kChunk, _mm512_extractf32x4_ps(scaled, 2));
-        if (kRows == 4) _mm_storeu_ps(scores + 3 * kChunk, _mm512_extractf32x4_ps(scaled, 3));
+        _mm_storeu_ps(scores + kScores, _mm512_extractf32x4_ps(scaled, 1));
+        _mm_storeu_ps(scores + 2 * kScores, _mm512_extractf32x4_ps(scaled, 2));
+        if (kRows == 4) _mm_storeu_ps(scores + 3 * kScores, _mm512_extractf32x4_ps(scaled, 3));
     }
 }
 
