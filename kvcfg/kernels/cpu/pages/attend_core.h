@@ -25,6 +25,7 @@ struct Work {
     const AttendCall& call;
     const Item& item;
     int64_t rows, heads, group, key_dim, value_dim, width;  // rows: of one head; width: numbers of a row's sums
+    uint8_t* constants;    // what Math makes of the call
     uint8_t* queries;      // [heads * rows] as Math takes them
     float* exact_queries;  // [heads * rows, key_dim] before they are turned, where keys are stored less a mean
     float* query_sums;     // [heads * rows] where keys have zeros
@@ -57,6 +58,7 @@ struct Work {
         factor = static_cast<float>(call.softcap > 0 ? call.scale / call.softcap : call.scale * kLog2E);
         const int64_t all_rows = heads * rows, widest = round_up(more(key_dim, value_dim), 64);
         bytes = 0;
+        constants = take<uint8_t>(scratch, Math::kConstantBytes);
         queries = take<uint8_t>(scratch, all_rows * Math::query_bytes(key_dim));
         exact_queries = take<float>(scratch, layout.keys.means < 0 ? 0 : all_rows * key_dim);
         query_sums = take<float>(scratch, all_rows);
@@ -150,6 +152,8 @@ void read_chunk_scales(Work<Math>& work, const Chunk& chunk) {
             float* zeros = scales + 2 * kChunk * n_heads;
             if (part.scales != nullptr) {
                 read_scales(part.scales, part.scale_type, piece.count * n_heads, scales);
+                const float unit = Math::unit_of(work.constants, part.format, side);
+                for (int64_t i = 0; unit != 1.0f && i < piece.count * n_heads; ++i) scales[i] *= unit;
             } else {
                 const float* fixed = work.call.head_scales;
                 for (int64_t i = 0; i < piece.count * n_heads; ++i) {
@@ -214,12 +218,13 @@ void add_means(Work<Math>& work, const Chunk& chunk, int64_t head, int64_t first
     }
 }
 
-// Scores of one row to weights.
+// Scores of one row to weights, times the scales of values; returns the largest.
 template <class Math>
-void soften(Work<Math>& work, const Chunk& chunk, int64_t row, int64_t place) {
+float soften(Work<Math>& work, const Chunk& chunk, int64_t row, int64_t place) {
     const AttendCall& call = work.call;
     const int64_t end = round_up(chunk.count, 16), query = work.item.query_begin + row / work.group;
     float* scores = work.scores + row * kScores;
+    const float *scales = work.of_head + kChunk, *zeros = work.of_head + 3 * kChunk;
     if (call.softcap > 0) {
         const float cap = static_cast<float>(call.softcap) * kLog2E;
         for (int64_t i = 0; i < end; i += 16) store(scores + i, cap * tanh_of(load<Floats>(scores + i)));
@@ -236,24 +241,24 @@ void soften(Work<Math>& work, const Chunk& chunk, int64_t row, int64_t place) {
     if (most == kMinusInfinity) {
         for (int64_t i = 0; i < end; i += 16) store(scores + i, all(0.0f));
         work.corrections[row] = 1.0f;
-        return;
+        return 0.0f;
     }
-    Floats total = {};
+    const bool has_zeros = call.layout->values.zeros >= 0;
+    Floats total = {}, top = {}, shift = {};
     for (int64_t i = 0; i < end; i += 16) {
         const Floats weights = exp2_of(load<Floats>(scores + i) - most);
+        const Floats scaled = weights * load<Floats>(scales + i);
         total += weights;
-        store(scores + i, weights);
+        top = larger(scaled, top);
+        if (has_zeros) shift += weights * load<Floats>(zeros + i);
+        store(scores + i, scaled);
     }
     const float correction = before == kMinusInfinity ? 0.0f : exp2_of(all(before - most))[0];
     work.most[place] = most;
     work.total[place] = work.total[place] * correction + sum(total);
     work.corrections[row] = correction;
-    if (call.layout->values.zeros >= 0) {
-        const float* zeros = work.of_head + 3 * kChunk;
-        Floats added = {};
-        for (int64_t i = 0; i < end; i += 16) added += load<Floats>(scores + i) * load<Floats>(zeros + i);
-        work.shift[place] = work.shift[place] * correction + sum(added);
-    }
+    if (has_zeros) work.shift[place] = work.shift[place] * correction + sum(shift);
+    return largest(top);
 }
 
 template <class Math>
@@ -266,7 +271,7 @@ void attend_head(Work<Math>& work, const Chunk& chunk, int64_t head) {
     for (int part = 0; part < (has_zeros ? 4 : 2); ++part) {
         pick_head(work, chunk, kv_head, part, part == 0 ? work.factor : 1.0f);
     }
-    const float *key_scales = work.of_head, *value_scales = work.of_head + kChunk;
+    const float* key_scales = work.of_head;
 
     token_rows(work, chunk, 0, kv_head, rows, formats);
     Math::score(work, rows, formats, chunk.count, first_row, key_scales);
@@ -279,8 +284,8 @@ void attend_head(Work<Math>& work, const Chunk& chunk, int64_t head) {
     }
     if (call.layout->keys.means >= 0) add_means(work, chunk, kv_head, first_row);
     for (int64_t row = 0; row < work.rows; ++row) {
-        soften(work, chunk, row, first_row + row);
-        Math::take_weights(call, work.scores + row * kScores, value_scales, round_up(chunk.count, 16),
+        const float top = soften(work, chunk, row, first_row + row);
+        Math::take_weights(work.scores + row * kScores, top, round_up(chunk.count, 16),
                            work.weights + row * Math::kWeightBytes, work.weight_scales + row);
     }
 
@@ -337,6 +342,7 @@ template <class Math>
 void run_item(const AttendCall& call, const Item& item, uint8_t* scratch) {
     Work<Math> work(call, item, scratch);
     memset(work.nothing, 0, more(work.key_dim, work.value_dim) * 4 + 64);
+    Math::prepare(call, work.constants);
     prepare_queries(work);
     Chunk *chunk = work.chunks, *next = work.chunks + 1;
     const int64_t begin = item.token_begin, end = item.token_end;

@@ -50,7 +50,11 @@ struct PlainTranspose {
 // Rows and groups of 16 tokens, or of 16 numbers of a value, that are multiplied at a time: what registers hold.
 template <int kRows, int kTiles, class Transpose>
 struct FloatMath {
-    static constexpr int64_t kWeightBytes = kChunk * 4, kPackedBytes = 4;
+    static constexpr int64_t kWeightBytes = 0, kPackedBytes = 4;
+    static constexpr int64_t kConstantBytes = 0;
+    static void prepare(const AttendCall&, uint8_t*) {}
+    static float unit_of(const uint8_t*, int64_t, int) { return 1.0f; }
+
 
     static int64_t query_bytes(int64_t dim) { return dim * 4; }
 
@@ -132,11 +136,8 @@ struct FloatMath {
         }
     }
 
-    static void take_weights(const AttendCall&, const float* weights, const float* scales, int64_t count,
-                             uint8_t* to, float* scale) {
-        for (int64_t i = 0; i < count; i += 16) store(to + i * 4, load<Floats>(weights + i) * load<Floats>(scales + i));
-        *scale = 1.0f;
-    }
+    // Weights stay where they are.
+    static void take_weights(const float*, float, int64_t, uint8_t*, float*) {}
 
     template <class Work_>
     static void weigh(Work_& work, const uint8_t* const* rows_of_tokens, const uint8_t* formats,
@@ -157,7 +158,7 @@ struct FloatMath {
                 const float *weights[kRows], *tile[kTiles];
                 KVCFG_UNROLL
                 for (int r = 0; r < kRows; ++r) {
-                    weights[r] = reinterpret_cast<const float*>(work.weights) + (row + (r < rows ? r : 0)) * kChunk;
+                    weights[r] = work.scores + (row + (r < rows ? r : 0)) * kScores;
                 }
                 KVCFG_UNROLL
                 for (int t = 0; t < kTiles; ++t) tile[t] = values + begin + (t < tiles ? t : 0) * 16;

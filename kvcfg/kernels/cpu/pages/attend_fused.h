@@ -16,7 +16,10 @@ struct FastTranspose {
 
 struct FusedMath {
     using Packed = FloatMath<4, 4, FastTranspose>;
-    static constexpr int64_t kPackedBytes = 4, kWeightBytes = Packed::kWeightBytes;
+    static constexpr int64_t kPackedBytes = 4, kWeightBytes = 0;
+    static constexpr int64_t kConstantBytes = 0;
+    static void prepare(const AttendCall&, uint8_t*) {}
+    static float unit_of(const uint8_t*, int64_t, int) { return 1.0f; }
 
     static int64_t padded(int64_t dim) { return round_up(dim, 64); }
     static int64_t query_bytes(int64_t dim) { return padded(dim) * 4; }
@@ -27,10 +30,7 @@ struct FusedMath {
         for (int64_t i = 0; i < dim; ++i) numbers[place_of(i)] = query[i];
     }
 
-    static void take_weights(const AttendCall& call, const float* weights, const float* scales, int64_t count,
-                             uint8_t* to, float* scale) {
-        Packed::take_weights(call, weights, scales, count, to, scale);
-    }
+    static void take_weights(const float*, float, int64_t, uint8_t*, float*) {}
 
     static void in_order(const float* sums, int64_t dim, float* to) {
         for (int64_t i = 0; i < dim; ++i) to[i] = sums[place_of(i)];
@@ -52,15 +52,6 @@ struct FusedMath {
             case kE5M2: return use(ByteFloatRow{tables.e5m2});
             case kInt8: return use(Int8Row{});
             default: return use(CodeRow{call.levels + side * 16});
-        }
-    }
-
-    // Calls `use(begin, end)` for every run of tokens of one format.
-    template <class Use>
-    static void each_run(const uint8_t* formats, int64_t count, const Use& use) {
-        for (int64_t begin = 0, end; begin < count; begin = end) {
-            for (end = begin + 1; end < count && formats[end] == formats[begin]; ++end) {}
-            use(begin, end);
         }
     }
 
@@ -148,7 +139,7 @@ struct FusedMath {
     template <int kRows, class Row, class Work_>
     static void weigh_stored(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t first, int64_t end,
                              int64_t first_row, int64_t row, int64_t begin) {
-        const float* weights = reinterpret_cast<const float*>(work.weights) + row * kChunk;
+        const float* weights = work.scores + row * kScores;
         __m512 added[kRows][4];
         KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {
@@ -160,7 +151,7 @@ struct FusedMath {
             reader.read(rows[token], begin, work.value_dim, values);
             KVCFG_UNROLL
             for (int r = 0; r < kRows; ++r) {
-                const __m512 weight = _mm512_set1_ps(weights[r * kChunk + token]);
+                const __m512 weight = _mm512_set1_ps(weights[r * kScores + token]);
                 KVCFG_UNROLL
                 for (int part = 0; part < 4; ++part) added[r][part] = _mm512_fmadd_ps(values[part], weight, added[r][part]);
             }

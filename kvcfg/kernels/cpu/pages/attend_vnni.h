@@ -14,6 +14,9 @@ namespace {
 
 struct VnniMath {
     static constexpr int64_t kPackedBytes = 1, kWeightBytes = 2 * kChunk;
+    static constexpr int64_t kConstantBytes = 0;
+    static void prepare(const AttendCall&, uint8_t*) {}
+    static float unit_of(const uint8_t*, int64_t, int) { return 1.0f; }
 
     // A query: high digits | low digits, each rounded up to 64, then what follows.
     struct Query {
@@ -244,23 +247,18 @@ struct VnniMath {
     }
 
     // High digits | low digits.
-    static void take_weights(const AttendCall&, const float* weights, const float* scales, int64_t count, uint8_t* to,
-                             float* scale) {
-        __m512 most = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+    static void take_weights(const float* weights, float top, int64_t count, uint8_t* to, float* scale) {
+        const float largest_code = 255 * 256 + 255;
+        const __m512 factor = _mm512_set1_ps(top > 0 ? largest_code / top : 0.0f);
+        __m512 poison = _mm512_setzero_ps();
         for (int64_t i = 0; i < count; i += 16) {
-            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(weights + i), _mm512_loadu_ps(scales + i));
-            most = _mm512_max_ps(most, scaled);
+            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(weights + i), factor);
             poison = _mm512_fmadd_ps(scaled, _mm512_setzero_ps(), poison);
-        }
-        const float largest_weight = _mm512_reduce_max_ps(most), largest_code = 255 * 256 + 255;
-        const __m512 factor = _mm512_set1_ps(largest_weight > 0 ? largest_code / largest_weight : 0.0f);
-        for (int64_t i = 0; i < count; i += 16) {
-            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(weights + i), _mm512_loadu_ps(scales + i));
-            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, factor));
+            const __m512i codes = _mm512_cvtps_epi32(scaled);
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, 8)));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kChunk + i), _mm512_cvtepi32_epi8(codes));
         }
-        *scale = largest_weight / largest_code + _mm512_reduce_add_ps(poison);
+        *scale = top / largest_code + _mm512_reduce_add_ps(poison);
     }
 
     template <int kRows, int kTiles>

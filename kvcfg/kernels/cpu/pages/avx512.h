@@ -184,6 +184,15 @@ struct CodeRow {
     }
 };
 
+// Calls `use(begin, end)` for every run of tokens of one format.
+template <class Use>
+void each_run(const uint8_t* formats, int64_t count, const Use& use) {
+    for (int64_t begin = 0, end; begin < count; begin = end) {
+        for (end = begin + 1; end < count && formats[end] == formats[begin]; ++end) {}
+        use(begin, end);
+    }
+}
+
 // Scores of kRows rows and 16 / kRows tokens (of three rows as of four), lane after lane, times the scales of tokens.
 template <int kRows>
 KVCFG_INLINE void store_scores(__m512 products, const float* scales, float* scores) {
