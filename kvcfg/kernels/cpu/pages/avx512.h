@@ -184,6 +184,24 @@ struct CodeRow {
     }
 };
 
+template <int kNumber>
+struct Number {
+    static constexpr int kCount = kNumber;
+};
+
+// Calls `use(Number<count>, first)` for rows four at a time, and for those that are left.
+template <class Use>
+void each_rows(int64_t rows, const Use& use) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) use(Number<4>{}, row);
+    switch (rows - row) {
+        case 3: return use(Number<3>{}, row);
+        case 2: return use(Number<2>{}, row);
+        case 1: return use(Number<1>{}, row);
+        default: return;
+    }
+}
+
 // Calls `use(begin, end)` for every run of tokens of one format.
 template <class Use>
 void each_run(const uint8_t* formats, int64_t count, const Use& use) {
