@@ -162,6 +162,6 @@ def _side(side: SideRecipe, dim: int, codec: Codec, matrices: Tensor | None, ele
         scales=scales,
         largest=element.max_value,
         levels=None if levels is None else level_table(tuple(levels.tolist())),
-        narrower=torch.tensor(NARROWER.get(element.bits, ()), dtype=torch.float32),
+        narrower=torch.tensor(NARROWER.get(element.bits, ()), dtype=torch.float64),
         matrices=None if matrices is None else matrices.to(torch.float32).contiguous(),
     )

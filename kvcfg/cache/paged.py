@@ -130,8 +130,7 @@ class PagedKVCache:
         layout, _ = self._meet(layer, keys)
         parts = storage.append(index, layout, _by_token(keys), _by_token(values))
         self._count(layer, keys.shape[2])
-        seen = [_by_sequence(part, keys.shape[0]) for part in parts]
-        return KeysValues(torch.cat([item.keys for item in seen], 2), torch.cat([item.values for item in seen], 2))
+        return _dense(parts, keys.shape[0])
 
     def write(
         self, layer: int, keys: Tensor, values: Tensor, *, value_dim: int | None = None
@@ -160,6 +159,12 @@ class PagedKVCache:
         storage.write(index, layout, _by_token(keys), _by_token(values))
         self._count(layer, keys.shape[2])
         return view
+
+    def read(self, view: LayerView, dtype: torch.dtype) -> KeysValues:
+        """What `append` would have returned, in `dtype`, of a layer that was written."""
+        storage, step = view.storage, view.step
+        new = storage.newest.read_slots(view.layer, step.slots, dtype)
+        return _dense([*storage.past(view.layer, step, dtype), Part(new, step.fresh)], len(step.fresh))
 
     def truncate(self, length: int) -> None:
         """Take back the last tokens of every sequence, so that `length` are left.
@@ -265,6 +270,12 @@ class PagedKVCache:
 def _by_token(states: Tensor) -> Tensor:
     """`[batch_size, n_heads, num_tokens, dim]` to `[batch_size * num_tokens, n_heads, dim]`."""
     return states.transpose(1, 2).flatten(0, 1)
+
+
+def _dense(parts: Sequence[Part], batch_size: int) -> KeysValues:
+    """Parts that follow each other to `[batch_size, n_heads, num_tokens, dim]`."""
+    seen = [_by_sequence(part, batch_size) for part in parts]
+    return KeysValues(torch.cat([item.keys for item in seen], 2), torch.cat([item.values for item in seen], 2))
 
 
 def _by_sequence(part: Part, batch_size: int) -> KeysValues:

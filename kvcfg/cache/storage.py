@@ -260,7 +260,7 @@ class _Shard:
         ]
         self.codecs = pairs if calibrated else pairs * params.num_layers
         self.token_writer = token_writer(params, self.codecs) if device.type == "cpu" else None
-        self._closers = page_closers(params, self.codecs, calibrated) if device.type == "cpu" else None
+        self.closers = page_closers(params, self.codecs, calibrated) if device.type == "cpu" else None
         keys, values = pairs[0]
         rows = (keys.element_row_bytes, values.element_row_bytes, keys.scale_row_bytes, values.scale_row_bytes)
         shape = (params.num_layers, num_pages + 1, params.bytes_per_layer_page)
@@ -289,11 +289,11 @@ class _Shard:
     def close(self, layer: int, pages: Tensor, places: Tensor, opened: _Shard, fresh: EncodedTokens | None) -> bool:
         """Fill pages in one pass of a kernel; False if there is none: the arguments of `PageCloser.close`."""
         writer = opened.token_writer
-        if self._closers is None or writer is None:
+        if self.closers is None or writer is None:
             return False
         ring = OpenPages(opened.arena[layer], writer.layout)
         rows = None if fresh is None else OpenPages(torch.cat(_in_page_order(fresh), dim=1), writer.row_layout)
-        return self._closers[layer].close(pages, self._layers[layer], places, ring, rows or ring)
+        return self.closers[layer].close(pages, self._layers[layer], places, ring, rows or ring)
 
     def split(self, rows: Tensor) -> EncodedTokens:
         """Rows of a token each, as a page of one token holds them, taken apart."""

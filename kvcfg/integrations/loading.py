@@ -46,7 +46,8 @@ def load(experiment: ExperimentConfig) -> LoadedModel:
     """The model of an experiment, ready to run, and its tokenizer; fetches the weights on first use.
 
     The model computes in float32 on CPUs, so that figures are about the cache and not about rounding
-    elsewhere, and in bfloat16 on GPUs. Where the recipe asks for it, its RoPE pairs are balanced.
+    elsewhere, and in bfloat16 on GPUs. Where the recipe asks for it, its RoPE pairs are balanced. On CPUs its
+    attention reads pages where they lie; `model.set_attn_implementation("sdpa")` gathers them instead.
 
     Raises:
         ConfigError: if the config names no source of weights.
@@ -62,7 +63,12 @@ def load(experiment: ExperimentConfig) -> LoadedModel:
         scale_rope_pair(model, experiment.model.outlier_scale)
     if balances_rope(experiment):
         _balance(model, asked=experiment.quantization.balance_rope is not None)
-    return LoadedModel(model.eval().to(device), load_tokenizer(experiment))
+    model = model.eval().to(device)
+    # Imports transformers, which this module does not before it is needed.
+    from kvcfg.integrations.paged_attention import read_pages_in_place
+
+    read_pages_in_place(model)
+    return LoadedModel(model, load_tokenizer(experiment))
 
 
 def load_tokenizer(experiment: ExperimentConfig) -> Any:

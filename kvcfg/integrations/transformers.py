@@ -17,11 +17,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcfg.cache.building import check_connector, check_recipe
 from kvcfg.cache.paged import PagedKVCache
+from kvcfg.cache.view import LayerView
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.model import LayerGroup
 from kvcfg.config.recipes import stored_layers
 from kvcfg.errors import CapacityError, ShapeError
 from kvcfg.integrations.calibrated_layers import calibrated_groups
+from kvcfg.integrations.paged_attention import PagedStates
 from kvcfg.planning import plan
 
 
@@ -67,12 +69,19 @@ class _PagedLayer(CacheLayerMixin):
         """Nothing to do: pages are allocated when the cache is built."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values `[batch_size, n_kv_heads, num_tokens, dim]`; return all that may be read."""
+        """Store new keys and values `[batch_size, n_kv_heads, num_tokens, dim]`; return all that may be read.
+
+        It stays in its pages as long as nothing but the attention `kvcfg` takes it.
+        """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ShapeError(
                 "pages keep no gradients: run the cache under torch.no_grad(), or train with use_cache=False"
             )
-        return self._pages.append(self._index, key_states, value_states)
+        first = self._pages.visible_from(self._index)
+        seen = self._pages.write(self._index, key_states, value_states)
+        if isinstance(seen, LayerView):
+            return PagedStates.pair(self._pages, seen, self._pages.length(self._index) - first, key_states)
+        return seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of keys that `update` will return for so many new tokens, and the position of the first."""

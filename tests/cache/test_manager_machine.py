@@ -78,7 +78,8 @@ def token(prefix: tuple[int, ...], salt: bytes, layer: int) -> torch.Tensor:
 def closed_alone(storage: ClosingStorage, layer: int, numbers: list[torch.Tensor]) -> KeysValues:
     """Whole pages of tokens as they are read closed, made at once in a storage of their own."""
     count = len(numbers[0]) // SIZE
-    own, pages = ClosingStorage(storage.params, count, 1, [torch.device("cpu")]), torch.arange(count)
+    devices = [torch.device("cpu")] * storage.params.tensor_parallel_degree
+    own, pages = ClosingStorage(storage.params, count, 1, devices), torch.arange(count)
     places = {"page_size": SIZE, "ring_pages": own.ring_pages, "horizon": 0}
     own.write(layer, closing_step(pages.unsqueeze(0), [0], [0], [count * SIZE], [0], **places), *numbers)
     return own.read(layer, pages, torch.float32)

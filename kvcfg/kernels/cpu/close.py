@@ -43,7 +43,7 @@ class ClosingSide:
         scales: byte where scales begin, with what follows them.
         largest: the largest element.
         levels: of formats of few bits what `level_table` makes; None of others.
-        narrower: float32 `[n]`, narrower ranges that are tried, as parts of the full one.
+        narrower: float64 `[n]`, narrower ranges that are tried, as parts of the full one.
         matrices: float32 `[n_kv_heads, dim, dim]`, dense, in place of Hadamard's; None = that.
     """
 

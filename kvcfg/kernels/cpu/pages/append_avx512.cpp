@@ -3,6 +3,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "append.h"
@@ -314,8 +315,10 @@ EncodeTokens avx512_encoder(const TokenSide& side) {
 
 namespace kvcfg {
 bool has_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+    const char* asked = std::getenv("KVCFG_CPU");  // avx2 or portable: fewer instructions than there are
+    return !(asked && (asked[0] == 'a' || asked[0] == 'p')) && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 }  // namespace kvcfg
 

@@ -64,11 +64,12 @@ struct FusedMath {
         const int64_t dim = work.key_dim, width = padded(dim);
         const float* queries = reinterpret_cast<const float*>(work.queries) + (first_row + row) * width;
         float* scores = work.scores + row * kScores;
+        Ahead::Stream ahead = work.ahead.stream((end - first) / 4);
         for (int64_t token = first; token < end; token += kTokens) {
             __m512 products[16];
             KVCFG_UNROLL
             for (int i = 0; i < 16; ++i) products[i] = _mm512_setzero_ps();
-            for (int step = 0; step < kTokens; step += 4) work.ahead.some();
+            for (int step = 0; step < kTokens; step += 4) ahead.some();
             for (int64_t begin = 0; begin < dim; begin += 64) {
                 KVCFG_UNROLL
                 for (int t = 0; t < kTokens; t += 2) {
@@ -146,6 +147,7 @@ struct FusedMath {
             KVCFG_UNROLL
             for (int part = 0; part < 4; ++part) added[r][part] = _mm512_setzero_ps();
         }
+        Ahead::Stream ahead = work.ahead.stream((end - first) / 8);
         for (int64_t token = first; token < end; ++token) {
             __m512 values[4];
             reader.read(rows[token], begin, work.value_dim, values);
@@ -155,7 +157,7 @@ struct FusedMath {
                 KVCFG_UNROLL
                 for (int part = 0; part < 4; ++part) added[r][part] = _mm512_fmadd_ps(values[part], weight, added[r][part]);
             }
-            if (token % 8 == 0) work.ahead.some();
+            if (token % 8 == 0) ahead.some();
         }
         KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {

@@ -169,11 +169,12 @@ struct VnniMath {
             factors[lane] = facts.scale;
         }
         float* scores = work.scores + row * kScores;
+        Ahead::Stream ahead = work.ahead.stream(count / 4);
         for (int64_t token = 0; token < count; token += kTokens) {
             __m512i products[16];
             KVCFG_UNROLL
             for (int step = 0; step < kTokens; step += kStep) {
-                if (step % 4 == 0) work.ahead.some();
+                if (step % 4 == 0) ahead.some();
                 __m512i key[kStep][kBlocks];
                 KVCFG_UNROLL
                 for (int t = 0; t < kStep; ++t) {
@@ -317,6 +318,7 @@ struct VnniMath {
         __m512i high[kRows][2], low[kRows][2];
         KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) high[r][0] = high[r][1] = low[r][0] = low[r][1] = _mm512_setzero_si512();
+        Ahead::Stream ahead = work.ahead.stream(count / 16);
         for (int64_t token = 0; token < count; token += 4) {
             __m512i four[4], pairs[2];
             KVCFG_UNROLL
@@ -339,7 +341,7 @@ struct VnniMath {
                 low[r][0] = _mm512_dpbusd_epi32(low[r][0], low_digits, first);
                 low[r][1] = _mm512_dpbusd_epi32(low[r][1], low_digits, second);
             }
-            if (token % 16 == 0) work.ahead.some();
+            if (token % 16 == 0) ahead.some();
         }
         KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {

@@ -161,11 +161,12 @@ struct WordMath {
             units[lane] = unit_of_query(queries + less(lane / kTokens, kRows - 1) * query_bytes(dim), dim);
         }
         float* scores = work.scores + row * kScores;
+        Ahead::Stream ahead = work.ahead.stream((end - first) / 4);
         for (int64_t token = first; token < end; token += kTokens) {
             __m512i products[16];
             KVCFG_UNROLL
             for (int i = 0; i < 16; ++i) products[i] = _mm512_setzero_si512();
-            for (int step = 0; step < kTokens; step += 4) work.ahead.some();
+            for (int step = 0; step < kTokens; step += 4) ahead.some();
             for (int64_t begin = 0; begin < dim; begin += 64) {
                 KVCFG_UNROLL
                 for (int t = 0; t < kTokens; t += 2) {
@@ -312,6 +313,7 @@ struct WordMath {
             KVCFG_UNROLL
             for (int part = 0; part < 4; ++part) added[r][part] = _mm512_setzero_si512();
         }
+        Ahead::Stream ahead = work.ahead.stream((end - first) / 8);
         for (int64_t token = first; token < end; token += 2) {
             __m512i a[2], b[2], values[4];
             reader.read(rows[token], begin, work.value_dim, a);
@@ -331,7 +333,7 @@ struct WordMath {
                 KVCFG_UNROLL
                 for (int part = 0; part < 4; ++part) added[r][part] = _mm512_dpwssd_epi32(added[r][part], values[part], weight);
             }
-            if ((token - first) % 8 == 0) work.ahead.some();
+            if ((token - first) % 8 == 0) ahead.some();
         }
         KVCFG_UNROLL
         for (int r = 0; r < kRows; ++r) {

@@ -29,7 +29,7 @@ struct CloseSide {
     int64_t elements, scales;  // bytes from the beginning of the page
     double largest;            // the largest element
     const Levels* levels;
-    const float* narrower;     // [num_narrower] ranges that are tried, as parts of the full one
+    const double* narrower;    // [num_narrower] ranges that are tried, as parts of the full one
     int64_t num_narrower;
     const float* matrices;     // [n_kv_heads, dim, dim] instead of Hadamard's; null = none
 };

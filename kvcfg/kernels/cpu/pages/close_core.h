@@ -72,6 +72,12 @@ inline void read_head(const uint8_t* from, int64_t format, int64_t dim, float sc
     }
 }
 
+// The number itself, which keeps compilers from joining the product it is with a sum that follows.
+inline float rounded(float number) {
+    asm("" : "+m"(number));
+    return number;
+}
+
 // Memory that a thread keeps from page to page. Not a std::vector, whose code must not be compiled with the options of
 // one file and then be shared with the others.
 class Buffer {
@@ -247,14 +253,14 @@ class Closing {
         float low = 0, high;
         Loops::range(numbers, dim_, side_.asymmetric != 0, &low, &high);
         for (int64_t k = 0; k < count; ++k) {
-            const float part = k ? side_.narrower[k - 1] : 1.0f;
+            const double part = k ? side_.narrower[k - 1] : 1.0;
             if (side_.asymmetric) {
-                const float cut = k ? (high - low) * float((1.0 - double(part)) / 2) : 0.0f;
+                const float cut = k ? rounded((high - low) * float((1.0 - part) / 2)) : 0.0f;
                 zeros[k] = zero_of(low + cut);
                 const float span = high - cut - zeros[k];
                 scales[k] = (span < 0 ? 0.0f : span) / largest;
             } else {
-                scales[k] = high * part / largest;
+                scales[k] = high * float(part) / largest;
             }
         }
         for (int64_t k = count; k < 16; ++k) scales[k] = 0.0f;
