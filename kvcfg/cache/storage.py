@@ -195,8 +195,9 @@ class PagedStorage:
 
     def keep(self, layer: int, step: GroupStep, encoded: Sequence[EncodedTokens]) -> None:
         """Store a step's tokens, which are encoded already."""
-        kept = encoded if step.stored is None else [tokens.at(step.stored) for tokens in encoded]
-        self.store(layer, kept, step.slots)
+        if len(step.slots):
+            kept = encoded if step.stored is None else [tokens.at(step.stored) for tokens in encoded]
+            self.store(layer, kept, step.slots)
 
     def past(self, layer: int, step: GroupStep, dtype: torch.dtype) -> list[Part]:
         """What a step's queries see of the tokens before it."""

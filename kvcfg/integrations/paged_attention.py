@@ -120,7 +120,7 @@ class LazyMask(LazyTensor):
             ShapeError: if there is padding elsewhere than at the start of a sequence.
         """
         batch_size, _, num_queries, _ = self.shape
-        start = int(self._made_of["q_offset"])
+        start = self._made_of["q_offset"]
         skip = _left_padding(self._made_of["attention_mask"], start + num_queries)
         return causal([start] * batch_size, [num_queries] * batch_size, self.window, skip=skip)
 
@@ -148,6 +148,8 @@ def paged_mask(**made_of: Any) -> Tensor | None:
     if not made_of.get("allow_is_causal_skip", True) or torch.compiler.is_compiling():
         mask: Tensor | None = sdpa_mask(**{**made_of, "allow_is_causal_skip": False})
         return mask
+    # A static cache counts on in the very tensor that says where queries begin.
+    made_of["q_offset"] = int(made_of["q_offset"])
     shape = (made_of["batch_size"], 1, made_of["q_length"], made_of["kv_length"])
     return LazyMask(shape, torch.bool, torch.device(made_of["device"]), made_of)
 

@@ -52,6 +52,8 @@ RECIPES = {
     "float8_e4m3fn": ["cache.kv_cache_format=float8_e4m3fn"],
     "4 bits, pages close": ["quantization=bits4"],
 }
+ROUNDING = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 2e-2, "float8_e4m3fn": 4e-3, "4 bits, pages close": 4e-3}
+"""Largest error of a layer's attention: kernels multiply bytes and codes in 8 or 16 bits."""
 
 
 def model_of(family: str, folder: Any) -> Any:
@@ -75,7 +77,9 @@ def model_of(family: str, folder: Any) -> Any:
 
 def cache_of(model: Any, folder: Any, *overrides: str) -> TransformersCache:
     sizes = ["devices=cpu", "workload.max_batch_size=4", "workload.max_seq_len=256"]
-    return TransformersCache(kvcfg.build(kvcfg.compose(["model=hf", f"model.path={folder}", *sizes, *overrides]), model))
+    return TransformersCache(
+        kvcfg.build(kvcfg.compose(["model=hf", f"model.path={folder}", *sizes, *overrides]), model)
+    )
 
 
 def prompts(num_tokens: int, batch_size: int = 3) -> torch.Tensor:
@@ -143,9 +147,7 @@ def left_padded(num_tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("size", [1, 16, 150])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float32_pages_give_the_logits_of_gathered_ones(
-    family: str, size: int, page_size: int, tmp_path: Any
-) -> None:
+def test_float32_pages_give_the_logits_of_gathered_ones(family: str, size: int, page_size: int, tmp_path: Any) -> None:
     model = model_of(family, tmp_path)
     recipe = (f"cache.kv_cache_page_size={page_size}", *RECIPES["float32"])
     got = fed(model, cache_of(model, tmp_path, *recipe), prompts(150), size)
@@ -172,16 +174,17 @@ def test_attention_of_every_format_is_that_over_gathered_pages(family: str, reci
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paged_attention, "attend", compared)
         fed(model, cache_of(model, tmp_path, *RECIPES[recipe]), prompts(150), 16)
-    assert 0 < largest < (2e-2 if recipe == "int8" else 1e-5)
+    assert 0 < largest < ROUNDING[recipe]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_logits_of_quantized_pages_are_close_to_those_of_gathered_ones(recipe: str, tmp_path: Any) -> None:
+def test_logits_of_every_format_are_close_to_those_over_gathered_pages(recipe: str, tmp_path: Any) -> None:
+    """Within a few times what the format itself rounds: a number that falls on the other side moves by a whole step."""
     model = model_of("llama", tmp_path)
     got = fed(model, cache_of(model, tmp_path, *RECIPES[recipe]), prompts(150), 16)
     with gathered(model, "sdpa"):
         expected = fed(model, cache_of(model, tmp_path, *RECIPES[recipe]), prompts(150), 16)
-    assert (got - expected).norm() < 2e-2 * expected.norm()
+    assert (got - expected).norm() < 5e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -254,8 +257,8 @@ def test_keys_read_late_are_those_that_append_returns(recipe: str, tmp_path: Any
     model = model_of("llama", tmp_path)
     late, at_once = (cache_of(model, tmp_path, recipe) for _ in range(2))
     states = torch.randn(2, 3, 2, 200, 32, generator=torch.Generator().manual_seed(0))
-    for start in range(0, 200, 10):
-        keys, values = states[:, :, :, start : start + 10]
+    for start in range(0, 200, 8):
+        keys, values = states[:, :, :, start : start + 8]
         got = [late.update(keys, values, layer) for layer in range(4)]
         expected = [at_once.pages.append(layer, keys, values) for layer in range(4)]
         for lazy, plain_states in zip(got[1], expected[1], strict=True):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -202,3 +206,10 @@ def test_operator_passes_the_checks_of_torch() -> None:
     torch.library.opcheck(torch.ops.kvcfg.append.default, whole)
     options = (torch.tensor([0, 2, 1]), torch.ones(2, 2), torch.zeros(2, dtype=torch.int64))
     torch.library.opcheck(torch.ops.kvcfg.append.default, (*whole, *options))
+
+
+@pytest.mark.skipif("KVCFG_CPU" in os.environ, reason="this is the code that is used anyway")
+def test_code_for_any_cpu_does_the_same() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    ran = subprocess.run(command, env={**os.environ, "KVCFG_CPU": "portable"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout

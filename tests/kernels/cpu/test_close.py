@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -151,3 +155,10 @@ def test_levels_begin_where_cells_of_the_codebook_change(name: str) -> None:
     nearest = Codebook(FORMATS[name].bits, [round(level, 6) for level in codebook.levels.tolist()])
     assert torch.equal(nearest.rounded(at_edges), levels[1:count])
     assert torch.equal(nearest.rounded(below), levels[: count - 1])
+
+
+@pytest.mark.skipif("KVCFG_CPU" in os.environ, reason="this is the code that is used anyway")
+def test_code_for_any_cpu_does_the_same() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    ran = subprocess.run(command, env={**os.environ, "KVCFG_CPU": "portable"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout

@@ -3,6 +3,13 @@
 #include "append.h"
 
 #include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math")  // nobody asks for floating-point exceptions, and loops become vectors
+#endif
 
 #include "append_numbers.h"
 #include "append_turn.h"
@@ -19,10 +26,18 @@ void read_numbers(const uint8_t* from, int64_t type, int64_t count, float* to) {
         memcpy(to, from, size_t(count) * 4);
         return;
     }
+    if (type == kBFloat16) {
+        for (int64_t i = 0; i < count; ++i) {
+            uint16_t bits;
+            memcpy(&bits, from + 2 * i, 2);
+            to[i] = from_bfloat16(bits);
+        }
+        return;
+    }
     for (int64_t i = 0; i < count; ++i) {
         uint16_t bits;
         memcpy(&bits, from + 2 * i, 2);
-        to[i] = type == kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
+        to[i] = from_float16(bits);
     }
 }
 
@@ -39,15 +54,23 @@ void write_cast(const float* numbers, int64_t count, int64_t format, bool bound,
     }
 }
 
-int64_t write_scaled(const float* numbers, int64_t count, int64_t format, float scale, uint8_t* to) {
-    const float limit = largest_number(format);
-    int64_t beyond = 0;
+// The format is known as this is compiled, so that the loop is made of vectors.
+template <int64_t Format>
+int64_t write_elements(const float* numbers, int64_t count, float scale, uint8_t* to) {
+    const float limit = largest_number(Format);
+    int32_t beyond = 0;
     for (int64_t i = 0; i < count; ++i) {
         const float exact = numbers[i] / scale, number = bounded(exact, limit);
-        beyond += magnitude(exact) > limit;
-        to[i] = format == kInt8 ? uint8_t(to_int8(number)) : format == kE4M3 ? to_e4m3(number) : to_e5m2(number);
+        beyond += magnitude(exact) > limit ? 1 : 0;
+        to[i] = Format == kInt8 ? uint8_t(to_int8(number)) : Format == kE4M3 ? to_e4m3(number) : to_e5m2(number);
     }
     return beyond;
+}
+
+int64_t write_scaled(const float* numbers, int64_t count, int64_t format, float scale, uint8_t* to) {
+    if (format == kInt8) return write_elements<kInt8>(numbers, count, scale, to);
+    if (format == kE4M3) return write_elements<kE4M3>(numbers, count, scale, to);
+    return write_elements<kE5M2>(numbers, count, scale, to);
 }
 
 int64_t encode_token(const TokenSide& side, const TokenPlace& place) {

@@ -27,7 +27,8 @@ inline float magnitude(float number) { return float_of(bits_of(number) & 0x7FFFF
 
 // NaN stays.
 inline float bounded(float number, float limit) {
-    return number > limit ? limit : number < -limit ? -limit : number;
+    const float below = limit < number ? limit : number;
+    return -limit > below ? -limit : below;
 }
 
 inline float from_bfloat16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
@@ -61,19 +62,20 @@ inline uint16_t to_float16(float number) {
 }
 
 inline uint8_t to_e4m3(float number) {
-    const uint8_t sign = uint8_t(bits_of(number) >> 24 & 0x80);
-    return number != number ? uint8_t(sign | 0x7F) : uint8_t(sign | narrowed(magnitude(number), 3, 121));
+    const uint32_t code = narrowed(magnitude(number), 3, 121), sign = bits_of(number) >> 24 & 0x80;
+    return uint8_t(sign | (number != number ? 0x7F : code));
 }
 
 inline uint8_t to_e5m2(float number) {
-    const uint8_t sign = uint8_t(bits_of(number) >> 24 & 0x80);
-    return number != number ? uint8_t(sign | 0x7F) : uint8_t(sign | narrowed(magnitude(number), 2, 113));
+    const uint32_t code = narrowed(magnitude(number), 2, 113), sign = bits_of(number) >> 24 & 0x80;
+    return uint8_t(sign | (number != number ? 0x7F : code));
 }
 
 // For numbers within +-127; NaN becomes 0.
 inline int8_t to_int8(float number) {
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    return number != number ? 0 : int8_t((number + shift) - shift);
+    const int32_t whole = int32_t(bits_of(number + shift)) - int32_t(bits_of(shift));
+    return int8_t(number != number ? 0 : whole);
 }
 
 inline int64_t size_of(int64_t format) {
