@@ -21,17 +21,17 @@ class LazyTensor(Tensor):
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *args: Any) -> LazyTensor:
         """A tensor without numbers; other arguments are the subclass's."""
-        made: LazyTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: LazyTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         return made
 
     def read(self) -> Tensor:
         """The plain tensor."""
         raise NotImplementedError
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Compute with plain tensors."""

@@ -109,7 +109,8 @@ class LazyMask(LazyTensor):
 
     @cached_property
     def _mask(self) -> Tensor:
-        mask: Tensor = sdpa_mask(**{**self._made_of, "allow_is_causal_skip": False})
+        mask = sdpa_mask(**{**self._made_of, "allow_is_causal_skip": False})
+        assert mask is not None
         return mask
 
     @cached_property
@@ -226,7 +227,7 @@ def _over_gathered(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the model has by default."""
     keys, values = (states.read() if isinstance(states, LazyTensor) else states for states in (key, value))
-    eager = _eager_attention(type(module))
+    eager = _eager_attention(type(module).__module__)
     if eager is None:
         plain = mask.skippable if isinstance(mask, LazyMask) else mask
         output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, keys, values, plain, **settings)
@@ -239,11 +240,11 @@ def _over_gathered(
 
 
 @cache
-def _eager_attention(layer: type) -> Any:
+def _eager_attention(module: str) -> Any:
     """The eager attention of a family that torch's own does not suffice for, as transformers decides; else None."""
-    family = vars(sys.modules[layer.__module__])
+    family = vars(sys.modules[module])
     models = [item for item in family.values() if isinstance(item, type) and issubclass(item, PreTrainedModel)]
-    suffices = all(model._supports_sdpa for model in models if model.__module__ == layer.__module__)
+    suffices = all(model._supports_sdpa for model in models if model.__module__ == module)
     return None if suffices else family["eager_attention_forward"]
 
 
