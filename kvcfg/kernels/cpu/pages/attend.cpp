@@ -20,7 +20,7 @@ const Kernels& kernels_here() {
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        const char* asked = std::getenv("KVCFG_CPU");  // avx2 or portable: fewer instructions than there are
+        const char* asked = std::getenv("KVCFG_CPU");  // avx2 or portable: with fewer instructions than there are, for tests
         const bool plain = asked != nullptr && asked[0] == 'p', only_avx2 = asked != nullptr && asked[0] == 'a';
         if (avx512 && !plain && !only_avx2) return kAvx512Kernels;
         return avx2 && !plain ? kAvx2Kernels : kPortableKernels;
