@@ -83,6 +83,8 @@ def main() -> int:
     overrides = sys.argv[1:]
     experiment = kvcfg.compose(overrides)
     model, tokenizer = kvcfg.load(experiment)
+    # Both sides with torch's attention: the difference is the caches' alone.
+    model.set_attn_implementation("sdpa")
     windows = text_windows(experiment.workload, tokenizer)
     return 0 if all([confirm(name, overrides, model, windows) for name in ROUNDERS]) else 1
 

@@ -3,12 +3,14 @@
     model.set_attn_implementation("kvcfg")        # "sdpa" again: keys and values are gathered, as for any cache
 
 A layer's `update` returns `PagedStates`, which know their pages, and masks are `LazyMask`, which know what they are
-made of; models pass both on. Where a layer asks for something else than causal attention, with or without a window,
-over pages that kernels read, both are made plain and the attention that the model has by default computes it.
+made of; models pass both on. Where a layer asks for something else than causal attention, with or without a window or
+padding at the start, over pages that kernels read, both are made plain and the attention that the model has by default
+computes it.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import cache, cached_property
 from typing import Any
@@ -23,10 +25,11 @@ from kvcfg.attention import Reach, attend, causal
 from kvcfg.cache.paged import PagedKVCache
 from kvcfg.cache.storage import KeysValues
 from kvcfg.cache.view import LayerView
-from kvcfg.errors import ShapeError
 from kvcfg.integrations.lazy_tensors import LazyTensor
 from kvcfg.kernels.cpu.attend import QUERY_TYPES
 from kvcfg.kernels.cpu.loader import load_kernel
+
+_log = logging.getLogger("kvcfg")
 
 NAME = "kvcfg"
 """What transformers calls this attention."""
@@ -114,32 +117,33 @@ class LazyMask(LazyTensor):
         return mask
 
     @cached_property
-    def reach(self) -> Reach:
-        """Which tokens each query of the step sees.
-
-        Raises:
-            ShapeError: if there is padding elsewhere than at the start of a sequence.
-        """
+    def reach(self) -> Reach | None:
+        """Which tokens each query of the step sees; None where sequences are padded elsewhere than at their start."""
         batch_size, _, num_queries, _ = self.shape
-        start = self._made_of["q_offset"]
-        skip = _left_padding(self._made_of["attention_mask"], start + num_queries)
+        start, padding = self._made_of["q_offset"], self._made_of["attention_mask"]
+        skip = None
+        if padding is not None and not (padding.shape[1] == start + num_queries and bool(padding.all())):
+            skip = _left_padding(padding, start + num_queries)
+            if skip is None:
+                _say_once()
+                return None
         return causal([start] * batch_size, [num_queries] * batch_size, self.window, skip=skip)
 
 
-def _left_padding(mask: Tensor | None, num_tokens: int) -> list[int] | None:
-    """Tokens to skip of each sequence, of a padding mask `[batch_size, num_tokens]`."""
-    if mask is None:
+def _left_padding(mask: Tensor, num_tokens: int) -> list[int] | None:
+    """Tokens at the start of each sequence that a mask `[batch_size, num_tokens]` hides; None if it hides others."""
+    skipped = (mask.cumsum(1) == 0).sum(1)
+    if mask.shape[1] != num_tokens or bool((skipped + mask.sum(1) != num_tokens).any()):
         return None
-    if mask.shape[1] == num_tokens:
-        if bool(mask.all()):
-            return None
-        skipped = (mask.cumsum(1) == 0).sum(1)
-        if bool((skipped + mask.sum(1) == num_tokens).all()):
-            padding: list[int] = skipped.tolist()
-            return padding
-    raise ShapeError(
-        f"attention over pages takes an attention_mask of all {num_tokens} tokens with padding at the start only, got "
-        f"{list(mask.shape)}. Try: tokenizer.padding_side='left', or model.set_attn_implementation('sdpa')"
+    padding: list[int] = skipped.tolist()
+    return padding
+
+
+@cache
+def _say_once() -> None:
+    _log.warning(
+        "keys and values are gathered, which is slower: the attention_mask pads sequences elsewhere than at their "
+        "start. Try: tokenizer.padding_side='left'"
     )
 
 
@@ -177,12 +181,13 @@ def paged_attention(
         and attention_mask.shape[2:] == (query.shape[2], key.shape[2])
         and _causal_alone(module, query, attention_mask, settings)
         and _readable(key.pages)
+        and (reach := attention_mask.reach) is not None
     ):
         scale = settings.get("scaling")
         output = attend(
             query.transpose(1, 2).flatten(0, 1),
             key.pages,
-            attention_mask.reach,
+            reach,
             scale=query.shape[3] ** -0.5 if scale is None else scale,
             softcap=settings.get("softcap"),
             sinks=settings.get("s_aux"),

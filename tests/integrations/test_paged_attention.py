@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import kvcfg
-from kvcfg.errors import ShapeError
 from kvcfg.kernels.cpu.loader import load_kernel
 
 transformers = pytest.importorskip("transformers")
@@ -285,16 +284,25 @@ def test_bfloat16_models_read_pages_in_place(tmp_path: Any, in_place: list[int])
     assert (got - expected).norm() < 2e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("hole", [slice(0, 3), slice(10, 12), slice(57, 60)])
-def test_padding_elsewhere_than_at_the_start_is_refused(hole: slice, tmp_path: Any) -> None:
+@pytest.mark.parametrize("hole", [slice(10, 12), slice(0, 60), slice(57, 60)])
+def test_padding_elsewhere_than_at_the_start_gives_what_gathering_gives(
+    hole: slice, tmp_path: Any, gathering: list[str]
+) -> None:
     model, mask = model_of("llama", tmp_path), torch.ones(3, 60, dtype=torch.long)
     mask[1, hole] = 0
-    cache = cache_of(model, tmp_path, *RECIPES["float32"])
-    if hole.start == 0:
-        fed(model, cache, prompts(60), 60, mask)
-    else:
-        with pytest.raises(ShapeError, match=r"padding_side='left', or model\.set_attn_implementation\('sdpa'\)"):
-            fed(model, cache, prompts(60), 60, mask)
+    got = fed(model, cache_of(model, tmp_path, *RECIPES["float32"]), prompts(60), 60, mask)
+    assert len(gathering) == (0 if hole == slice(0, 60) else 4)
+    with gathered(model, "sdpa"):
+        expected = fed(model, cache_of(model, tmp_path, *RECIPES["float32"]), prompts(60), 60, mask)
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_elsewhere_is_named_with_the_way_out(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, mask = model_of("llama", tmp_path), torch.ones(3, 20, dtype=torch.long)
+    mask[1, 17:] = 0
+    paged_attention._say_once.cache_clear()
+    fed(model, cache_of(model, tmp_path, *RECIPES["float32"]), prompts(20), 20, mask)
+    assert "padding_side='left'" in caplog.text
 
 
 def test_masks_of_ones_own_are_taken_as_they_are(tmp_path: Any, gathering: list[str]) -> None:
