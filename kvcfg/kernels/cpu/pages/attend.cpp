@@ -49,6 +49,9 @@ private:
     int64_t size_ = 0;
 };
 
+// Products below which other threads cost more than they give: some 20 microseconds of one.
+constexpr int64_t kSmallestShare = 1 << 20;
+
 struct Merge {
     Item item;  // the first of those that are merged
     int64_t count, stride;
@@ -150,9 +153,15 @@ extern "C" int kvcfg_attend(const kvcfg::AttendCall* call) {
     Job job{*call, kernels_here(), {}, {}};
     std::vector<float> partials;
     split(job, partials);
-    parallel_for(static_cast<int64_t>(job.items.size()), call->threads, run_one, &job);
+    int64_t products = 0;
+    for (const Item& item : job.items) {
+        products += rows_of(*call, item) * (item.head_end - item.head_begin) * (item.token_end - item.token_begin) *
+                    (layout.keys.dim + layout.values.dim);
+    }
+    const int64_t threads = products < kSmallestShare ? 1 : call->threads;
+    parallel_for(static_cast<int64_t>(job.items.size()), threads, run_one, &job);
     if (!job.merges.empty()) {
-        parallel_for(static_cast<int64_t>(job.merges.size()), call->threads, merge_one, &job);
+        parallel_for(static_cast<int64_t>(job.merges.size()), threads, merge_one, &job);
     }
     return 0;
 }
