@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcfg.cache.layout import ElementFormat, PageLayout, ScaleType, page_layout
-from kvcfg.dtypes import DType
+from kvcfg.cache.layout import ELEMENTS, SCALE_TYPES, ElementFormat, PageLayout, ScaleType, page_layout
 from kvcfg.formats import SideRecipe
 from kvcfg.formats.codec import Codec, LayerCalibration
 from kvcfg.formats.scales import NARROWER
@@ -17,17 +16,7 @@ from kvcfg.kernels.cpu.append import append_tokens
 from kvcfg.kernels.cpu.close import ClosingSide, PageCloser, level_table
 from kvcfg.params import KVCacheParams
 
-_EIGHT_BITS = {
-    DType.int8: ElementFormat.INT8,
-    DType.float8_e4m3fn: ElementFormat.E4M3,
-    DType.float8_e5m2: ElementFormat.E5M2,
-}
-
-_SCALES = {
-    DType.float32: ScaleType.FLOAT32,
-    DType.float16: ScaleType.FLOAT16,
-    DType.bfloat16: ScaleType.BFLOAT16,
-}
+_EIGHT_BITS = (ElementFormat.INT8, ElementFormat.E4M3, ElementFormat.E5M2)
 
 
 class TokenWriter:
@@ -46,8 +35,8 @@ class TokenWriter:
         self._codecs, self.layout, self.row_layout = codecs, tuple(layout.ints()), tuple(_one_token(layout).ints())
         self._row_bytes = sum(codec.element_row_bytes + codec.scale_row_bytes for codec in codecs[0])
         self._head_scales = [head_scales(pair) for pair in codecs]
-        self._watches = layout.keys.format in _EIGHT_BITS.values() and layout.keys.scale_type == ScaleType.NONE
-        self._watches |= layout.values.format in _EIGHT_BITS.values() and layout.values.scale_type == ScaleType.NONE
+        self._watches = layout.keys.format in _EIGHT_BITS and layout.keys.scale_type == ScaleType.NONE
+        self._watches |= layout.values.format in _EIGHT_BITS and layout.values.scale_type == ScaleType.NONE
 
     def put(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, rows: Tensor | None, pages: Tensor) -> bool:
         """Encode and store tokens; the arguments and the result of `append_tokens`."""
@@ -143,8 +132,8 @@ def head_scales(codecs: Sequence[Codec]) -> Tensor | None:
 
 
 def _is_written(side: SideRecipe, dim: int) -> bool:
-    known = side.element_format.is_packed or side.element_format.dtype in _EIGHT_BITS
-    scales = side.is_scaled and side.scale_dtype in _SCALES and side.scales_per_token(dim) == 1
+    known = side.element_format.is_packed or side.element_format.dtype in ELEMENTS
+    scales = side.is_scaled and side.scale_dtype in SCALE_TYPES and side.scales_per_token(dim) == 1
     return known and scales and not (side.sink_tokens and side.transform == "none")
 
 
@@ -152,10 +141,10 @@ def _side(side: SideRecipe, dim: int, codec: Codec, matrices: Tensor | None, ele
     element, levels = side.element_format, codec.levels
     return ClosingSide(
         dim=dim,
-        format=_EIGHT_BITS.get(element.dtype, ElementFormat.CODES4),
+        format=ELEMENTS.get(element.dtype, ElementFormat.CODES4),
         bits=element.bits,
         asymmetric=element.asymmetric,
-        scale_type=_SCALES[side.scale_dtype],
+        scale_type=SCALE_TYPES[side.scale_dtype],
         centred=side.is_centred,
         turned=side.transform != "none",
         elements=elements,

@@ -38,7 +38,7 @@ class ScaleType(IntEnum):
     BFLOAT16 = 3
 
 
-_ELEMENTS = {
+ELEMENTS = {
     DType.float32: ElementFormat.FLOAT32,
     DType.float16: ElementFormat.FLOAT16,
     DType.bfloat16: ElementFormat.BFLOAT16,
@@ -47,7 +47,7 @@ _ELEMENTS = {
     DType.int8: ElementFormat.INT8,
 }
 
-_SCALES = {
+SCALE_TYPES = {
     DType.float32: ScaleType.FLOAT32,
     DType.float16: ScaleType.FLOAT16,
     DType.bfloat16: ScaleType.BFLOAT16,
@@ -172,11 +172,11 @@ def _is_read(side: SideRecipe, dim: int, together: bool) -> bool:
         return False
     if side.element_format.asymmetric and not together:  # zeros would stand between the scales of tokens
         return False
-    return not side.is_scaled or (side.scale_dtype in _SCALES and side.scales_per_token(dim) == 1)
+    return not side.is_scaled or (side.scale_dtype in SCALE_TYPES and side.scales_per_token(dim) == 1)
 
 
 def _element_format(element: Format) -> ElementFormat | None:
-    return ElementFormat.CODES4 if element.bits == 4 else _ELEMENTS.get(element.dtype)
+    return ElementFormat.CODES4 if element.bits == 4 else ELEMENTS.get(element.dtype)
 
 
 def _side(side: SideRecipe, params: KVCacheParams, dim: int, elements: int, scales: int) -> SideLayout:
@@ -196,7 +196,7 @@ def _side(side: SideRecipe, params: KVCacheParams, dim: int, elements: int, scal
         token_bytes=n_heads * head_bytes,
         head_bytes=head_bytes,
         scales=scales,
-        scale_type=_SCALES[side.scale_dtype] if side.is_scaled else ScaleType.NONE,
+        scale_type=SCALE_TYPES[side.scale_dtype] if side.is_scaled else ScaleType.NONE,
         means=means if side.is_centred else _ABSENT,
         sinks=sinks if side.sink_tokens else _ABSENT,
         sink_scales=sink_scales if side.sink_tokens else _ABSENT,

@@ -6,25 +6,20 @@ longer than a token does.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from struct import Struct
 
 import torch
 from torch import Tensor
 
 from kvcfg.errors import BackendUnavailable, ShapeError
-from kvcfg.kernels.cpu.loader import load_kernel
+from kvcfg.kernels.cpu.page_kernels import KEY_DIM, N_KV_HEADS, VALUE_DIM, address, layout_address, page_kernel
 
 NUMBER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Types of keys and values as they come, by their number among the element formats."""
 
 # The fields of AppendCall, eight bytes each.
 _CALL = Struct("qP2qP2qqPPP2qPPPq")
-
-# Places in a layout given as ints.
-_N_KV_HEADS, _KEY_DIM, _VALUE_DIM = 1, 5, 16
 
 _NO_CODE, _NO_SUCH_SLOT = 1, 2
 
@@ -66,17 +61,17 @@ def append_tokens(
         ShapeError: if keys or values do not fit the layout or there are too few of them, or a slot lies beyond the
             pages.
     """
-    function, number_type = _function(), NUMBER_TYPES.get(keys.dtype)
+    function, number_type = page_kernel("append"), NUMBER_TYPES.get(keys.dtype)
     if function is None or number_type is None or values.dtype != keys.dtype:
         return False
     key_strides, value_strides = keys.stride(), values.stride()
-    if (key_strides[-1] != 1 and layout[_KEY_DIM]) or (value_strides[-1] != 1 and layout[_VALUE_DIM]):
+    if (key_strides[-1] != 1 and layout[KEY_DIM]) or (value_strides[-1] != 1 and layout[VALUE_DIM]):
         return False
-    num_tokens, heads = keys.shape[0], layout[_N_KV_HEADS]
-    if keys.shape[1:] != (heads, layout[_KEY_DIM]) or values.shape != (num_tokens, heads, layout[_VALUE_DIM]):
+    num_tokens, heads = keys.shape[0], layout[N_KV_HEADS]
+    if keys.shape[1:] != (heads, layout[KEY_DIM]) or values.shape != (num_tokens, heads, layout[VALUE_DIM]):
         raise ShapeError(
-            f"keys and values must be [num_tokens, {heads}, {layout[_KEY_DIM]}] and [num_tokens, {heads}, "
-            f"{layout[_VALUE_DIM]}] for these pages, got {list(keys.shape)} and {list(values.shape)}"
+            f"keys and values must be [num_tokens, {heads}, {layout[KEY_DIM]}] and [num_tokens, {heads}, "
+            f"{layout[VALUE_DIM]}] for these pages, got {list(keys.shape)} and {list(values.shape)}"
         )
     num_slots = slots.shape[0]
     if num_slots != (num_tokens if rows is None else rows.shape[0]):
@@ -91,38 +86,19 @@ def append_tokens(
         value_strides[1],
         num_slots,
         slots.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
+        address(rows),
         pages.data_ptr(),
         pages.shape[1],
         pages.shape[0],
-        _struct_address(layout),
-        0 if head_scales is None else head_scales.data_ptr(),
-        0 if clipped is None else clipped.data_ptr(),
+        layout_address(layout),
+        address(head_scales),
+        address(clipped),
         torch.get_num_threads(),
     )
     result = function(call)
     if result == _NO_SUCH_SLOT:
         raise ShapeError(f"slots must be below {len(pages) * layout[0]}, which {len(pages)} pages have")
     return result != _NO_CODE
-
-
-@cache
-def _function() -> Callable[[bytes], int] | None:
-    library = load_kernel("pages")
-    function = None if library is None else getattr(library, "kvcfg_append", None)
-    if function is not None:
-        function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p,)
-    return function
-
-
-@cache
-def _struct(layout: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(layout))(*layout)
-
-
-@cache
-def _struct_address(layout: tuple[int, ...]) -> int:
-    return ctypes.addressof(_struct(layout))
 
 
 def _operator(

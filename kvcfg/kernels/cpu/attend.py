@@ -6,25 +6,20 @@ longer than short contexts do.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from struct import Struct
 
 import torch
 from torch import Tensor
 
 from kvcfg.errors import BackendUnavailable, ShapeError
-from kvcfg.kernels.cpu.loader import load_kernel
+from kvcfg.kernels.cpu.page_kernels import KEY_DIM, N_KV_HEADS, TURNED, VALUE_DIM, address, layout_address, page_kernel
 
 QUERY_TYPES = {torch.float32: 0, torch.bfloat16: 2}
 """Types of queries and of outputs, by their number among the element formats."""
 
 # The fields of AttendCall, eight bytes each.
 _CALL = Struct("4qP2qP3PPqPP2q2PPqPPPqP2dq")
-
-# Places in a layout given as ints.
-_N_KV_HEADS, _TURNED, _KEY_DIM, _VALUE_DIM = 1, 3, 5, 16
 
 _SCHEMA = (
     "attend(Tensor queries, Tensor query_starts, Tensor first, Tensor stop, Tensor pages, Tensor tables, "
@@ -79,14 +74,14 @@ def attend_pages(
     Raises:
         ShapeError: if queries do not fit the layout or the other tensors.
     """
-    function = _function()
+    function = page_kernel("attend")
     # Queries and outputs are turned once for all tokens, so open pages must be turned as closed ones are.
-    if function is None or (open_layout is not None and open_layout[_TURNED] != layout[_TURNED]):
+    if function is None or (open_layout is not None and open_layout[TURNED] != layout[TURNED]):
         return None
     num_queries, n_q_heads, head_dim = queries.shape
-    if head_dim != layout[_KEY_DIM] or n_q_heads % layout[_N_KV_HEADS]:
+    if head_dim != layout[KEY_DIM] or n_q_heads % layout[N_KV_HEADS]:
         raise ShapeError(
-            f"queries must be [num_queries, a multiple of {layout[_N_KV_HEADS]}, {layout[_KEY_DIM]}] for these pages, "
+            f"queries must be [num_queries, a multiple of {layout[N_KV_HEADS]}, {layout[KEY_DIM]}] for these pages, "
             f"got {list(queries.shape)}"
         )
     if len(first) != num_queries or len(stop) != num_queries or len(query_starts) != len(tables) + 1:
@@ -94,8 +89,7 @@ def attend_pages(
             f"{num_queries} queries of {len(tables)} sequences need as many first and stop, and one start more, got "
             f"{len(first)}, {len(stop)} and {len(query_starts)}"
         )
-    output = queries.new_empty((num_queries, n_q_heads, layout[_VALUE_DIM]))
-    structs = _struct(layout), None if open_layout is None else _struct(open_layout)
+    output = queries.new_empty((num_queries, n_q_heads, layout[VALUE_DIM]))
     call = _CALL.pack(
         len(tables),
         num_queries,
@@ -110,42 +104,24 @@ def attend_pages(
         stop.data_ptr(),
         pages.data_ptr(),
         pages.shape[1],
-        ctypes.addressof(structs[0]),
+        layout_address(layout),
         tables.data_ptr(),
         tables.stride(0),
         tables.shape[1],
-        _address(levels),
-        _address(head_scales),
-        _address(open_pages),
+        address(levels),
+        address(head_scales),
+        address(open_pages),
         0 if open_pages is None else open_pages.shape[1],
-        0 if structs[1] is None else ctypes.addressof(structs[1]),
-        _address(open_rows),
-        _address(closed),
+        0 if open_layout is None else layout_address(open_layout),
+        address(open_rows),
+        address(closed),
         ring_tokens,
-        _address(sinks),
+        address(sinks),
         scale,
         softcap,
         torch.get_num_threads(),
     )
     return None if function(call) else output
-
-
-@cache
-def _function() -> Callable[[bytes], int] | None:
-    library = load_kernel("pages")
-    function = None if library is None else getattr(library, "kvcfg_attend", None)
-    if function is not None:
-        function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p,)
-    return function
-
-
-@cache
-def _struct(layout: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(layout))(*layout)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _operator(
@@ -183,7 +159,7 @@ def _shape_alone(
     layout: Sequence[int],
     *others: object,
 ) -> Tensor:
-    return queries.new_empty((queries.shape[0], queries.shape[1], layout[_VALUE_DIM]))
+    return queries.new_empty((queries.shape[0], queries.shape[1], layout[VALUE_DIM]))
 
 
 _library = torch.library.Library("kvcfg", "FRAGMENT")

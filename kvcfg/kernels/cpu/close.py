@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from struct import Struct
@@ -12,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcfg.kernels.cpu.loader import load_kernel
+from kvcfg.kernels.cpu.page_kernels import address, layout_address, page_kernel
 
 # CloseSide, and the fields of CloseCall before, between and after its parts; eight bytes each.
 _SIDE, _SHAPE, _PAGES, _OPEN, _THREADS = Struct("9qdPPqP"), Struct("3q"), Struct("qPPqP"), Struct("PqP"), Struct("q")
@@ -74,10 +72,10 @@ class ClosingSide:
             self.elements,
             self.scales,
             self.largest,
-            _address(self.levels),
-            _address(self.narrower),
+            address(self.levels),
+            address(self.narrower),
             len(self.narrower),
-            _address(self.matrices),
+            address(self.matrices),
         )
 
 
@@ -113,7 +111,7 @@ class PageCloser:
         Returns:
             Whether the pages are stored; False, and nothing changed, where there is no code for this.
         """
-        function = _function()
+        function = page_kernel("close")
         if function is None:
             return False
         call = (
@@ -152,23 +150,5 @@ def level_table(levels: tuple[float, ...]) -> Tensor:
     return torch.cat((head, table.flatten(), nearest[::_BIN].to(torch.float32)))
 
 
-@cache
-def _function() -> Callable[[bytes], int] | None:
-    library = load_kernel("pages")
-    function = None if library is None else getattr(library, "kvcfg_close", None)
-    if function is not None:
-        function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p,)
-    return function
-
-
 def _open_struct(opened: OpenPages) -> bytes:
-    return _OPEN.pack(opened.pages.data_ptr(), opened.pages.shape[1], ctypes.addressof(_layout(opened.layout)))
-
-
-@cache
-def _layout(layout: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(layout))(*layout)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return _OPEN.pack(opened.pages.data_ptr(), opened.pages.shape[1], layout_address(opened.layout))

@@ -440,6 +440,6 @@ def test_operator_compiles_into_one_graph(case: Case) -> None:
 
 
 def test_operator_without_code_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcfg.kernels.cpu.attend._function", lambda: None)
+    monkeypatch.setattr("kvcfg.kernels.cpu.attend.page_kernel", lambda name: None)
     with pytest.raises(BackendUnavailable, match="backend=reference"):
         torch.ops.kvcfg.attend(*operator_arguments(OPERATED[0]))
