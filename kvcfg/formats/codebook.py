@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,31 @@ from torch import Tensor
 from kvcfg.formats.packing import Packing
 
 _CELLS = 8192
+
+
+class Cells(NamedTuple):
+    """The grid over some levels.
+
+    Attributes:
+        levels: the different ones, in ascending order.
+        low: where the grid begins.
+        cells_per_unit: cells in a range of 1.
+        nearest: int64 `[8192]`, for each cell the index of its level.
+    """
+
+    levels: list[float]
+    low: float
+    cells_per_unit: float
+    nearest: Tensor
+
+
+def cells_of(levels: Sequence[float]) -> Cells:
+    """The grid in which the nearest of some levels is looked up."""
+    ordered = sorted(set(levels))
+    low, cells_per_unit = ordered[0], _CELLS / (ordered[-1] - ordered[0])
+    in_order = torch.tensor(ordered, dtype=torch.float64)
+    middles = low + (torch.arange(_CELLS, dtype=torch.float64) + 0.5) / cells_per_unit
+    return Cells(ordered, low, cells_per_unit, torch.bucketize(middles, (in_order[1:] + in_order[:-1]) / 2))
 
 
 class Codebook:
@@ -28,11 +54,8 @@ class Codebook:
 
     def __init__(self, bits: int, levels: Sequence[float]) -> None:
         self._packing = Packing(bits)
-        ordered = sorted(set(levels))
-        self._low, self._cells_per_unit = ordered[0], _CELLS / (ordered[-1] - ordered[0])
+        ordered, self._low, self._cells_per_unit, nearest = cells_of(levels)
         in_order = torch.tensor(ordered, dtype=torch.float64)
-        middles = self._low + (torch.arange(_CELLS, dtype=torch.float64) + 0.5) / self._cells_per_unit
-        nearest = torch.bucketize(middles, (in_order[1:] + in_order[:-1]) / 2)
         codes = torch.tensor([list(levels).index(level) for level in ordered], dtype=torch.uint8)
         self.levels = torch.tensor(levels, dtype=torch.float32)
         self._code_of_cell, self._level_of_cell = codes[nearest], in_order[nearest].to(torch.float32)

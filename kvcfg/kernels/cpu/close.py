@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcfg.formats.codebook import cells_of
 from kvcfg.kernels.cpu.page_kernels import address, layout_address, page_kernel
 
 # CloseSide, and the fields of CloseCall before, between and after its parts; eight bytes each.
 _SIDE, _SHAPE, _PAGES, _OPEN, _THREADS = Struct("9qdPPqP"), Struct("3q"), Struct("qPPqP"), Struct("PqP"), Struct("q")
 
-_CELLS, _BIN, _MOST_LEVELS = 8192, 32, 64
+_BIN, _MOST_LEVELS = 32, 64
 
 
 class OpenPages(NamedTuple):
@@ -134,14 +135,10 @@ def level_table(levels: tuple[float, ...]) -> Tensor:
         levels: the numbers of all codes; of equal ones the first code is written.
     """
     exact = [round(level, 6) for level in levels]
-    ordered = sorted(set(exact))
-    low, count = ordered[0], len(ordered)
-    cells_per_unit = _CELLS / (ordered[-1] - low)
-    in_order = torch.tensor(ordered, dtype=torch.float64)
-    middles = low + (torch.arange(_CELLS, dtype=torch.float64) + 0.5) / cells_per_unit
-    nearest = torch.bucketize(middles, (in_order[1:] + in_order[:-1]) / 2)
+    ordered, low, cells_per_unit, nearest = cells_of(exact)
+    count = len(ordered)
     table = torch.zeros(3, _MOST_LEVELS)
-    table[0, :count] = in_order
+    table[0, :count] = torch.tensor(ordered, dtype=torch.float64)
     table[1, :count] = torch.tensor([float(exact.index(level)) for level in ordered])
     table[2] = torch.inf
     table[2, : count - 1] = torch.searchsorted(nearest, torch.arange(1, count))
