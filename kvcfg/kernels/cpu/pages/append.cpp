@@ -13,6 +13,7 @@
 
 #include "append_numbers.h"
 #include "append_turn.h"
+#include "instructions.h"
 #include "parallel.h"
 
 namespace kvcfg {

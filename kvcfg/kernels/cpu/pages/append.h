@@ -52,7 +52,6 @@ using EncodeTokens = int64_t (*)(const TokenSide& side, const TokenPlace* places
 // The loop for a side; null where there is no code for its format.
 EncodeTokens plain_encoder(const TokenSide& side);
 EncodeTokens avx512_encoder(const TokenSide& side);
-bool has_avx512();
 
 }  // namespace kvcfg
 

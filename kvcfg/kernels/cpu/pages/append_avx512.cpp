@@ -3,7 +3,6 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include "append.h"
@@ -313,20 +312,10 @@ EncodeTokens avx512_encoder(const TokenSide& side) {
 #pragma GCC pop_options
 #endif
 
-namespace kvcfg {
-bool has_avx512() {
-    const char* asked = std::getenv("KVCFG_CPU");  // avx2 or portable: fewer instructions than there are
-    return !(asked && (asked[0] == 'a' || asked[0] == 'p')) && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-}
-}  // namespace kvcfg
-
 #else
 
 namespace kvcfg {
 EncodeTokens avx512_encoder(const TokenSide&) { return nullptr; }
-bool has_avx512() { return false; }
 }  // namespace kvcfg
 
 #endif

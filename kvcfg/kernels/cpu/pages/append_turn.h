@@ -1,12 +1,12 @@
-// The Hadamard transform of a head, in runs of the largest power of two that divides its width.
+// What a head's numbers are brought to before they are turned.
 
 #pragma once
 
 #include <cfloat>
-#include <cmath>
 #include <cstdint>
 
 #include "append_numbers.h"
+#include "turn.h"
 
 namespace kvcfg {
 namespace {
@@ -15,22 +15,6 @@ namespace {
 inline void bound_for_turning(float* row, int64_t dim) {
     const float limit = float(double(FLT_MAX) / double(4 * dim));
     for (int64_t i = 0; i < dim; ++i) row[i] = bounded(row[i], limit);
-}
-
-// Turns [dim] numbers; turning them again undoes it.
-inline void turn(float* row, int64_t dim) {
-    const int64_t width = dim & -dim;
-    for (int64_t half = 1; half < width; half *= 2) {
-        for (int64_t begin = 0; begin < dim; begin += 2 * half) {
-            for (int64_t i = begin; i < begin + half; ++i) {
-                const float first = row[i], second = row[i + half];
-                row[i] = first + second;
-                row[i + half] = first - second;
-            }
-        }
-    }
-    const float factor = 1.0f / std::sqrt(float(width));
-    for (int64_t i = 0; i < dim; ++i) row[i] *= factor;
 }
 
 }  // namespace

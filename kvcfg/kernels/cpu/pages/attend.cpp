@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "instructions.h"
 #include "parallel.h"
 
 namespace kvcfg {
@@ -14,17 +15,8 @@ constexpr int64_t kSmallestSplit = 512;  // tokens; below this a split costs mor
 
 const Kernels& kernels_here() {
 #if defined(__x86_64__)
-    static const Kernels& chosen = [] () -> const Kernels& {
-        __builtin_cpu_init();
-        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        const char* asked = std::getenv("KVCFG_CPU");  // avx2 or portable: with fewer instructions than there are, for tests
-        const bool plain = asked != nullptr && asked[0] == 'p', only_avx2 = asked != nullptr && asked[0] == 'a';
-        if (avx512 && !plain && !only_avx2) return kAvx512Kernels;
-        return avx2 && !plain ? kAvx2Kernels : kPortableKernels;
-    }();
+    static const Kernels& chosen =
+        has_avx512_vnni() ? kAvx512Kernels : has_avx2() ? kAvx2Kernels : kPortableKernels;
     return chosen;
 #else
     return kPortableKernels;

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "attend_chunk.h"
+#include "turn.h"
 
 namespace kvcfg {
 namespace {
@@ -85,22 +86,6 @@ struct Work {
         return place;
     }
 };
-
-// Multiply runs of a row by a Hadamard matrix, each as long as the largest power of two that divides `dim`.
-inline void turn(float* row, int64_t dim) {
-    const int64_t width = dim & -dim;
-    for (int64_t half = 1; half < width; half *= 2) {
-        for (int64_t block = 0; block < dim; block += 2 * half) {
-            for (int64_t i = block; i < block + half; ++i) {
-                const float a = row[i], b = row[i + half];
-                row[i] = a + b;
-                row[i + half] = a - b;
-            }
-        }
-    }
-    const float norm = 1.0f / __builtin_sqrtf(static_cast<float>(width));
-    for (int64_t i = 0; i < dim; ++i) row[i] *= norm;
-}
 
 inline void read_query(const AttendCall& call, int64_t query, int64_t head, int64_t dim, float* row) {
     const int64_t start = query * call.query_stride + head * call.query_head_stride;

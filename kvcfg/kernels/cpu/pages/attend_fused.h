@@ -1,6 +1,6 @@
 // Products in float32 with AVX-512, of every element format. Few rows take keys and values as they are stored, and
-// unpack them in registers; for many rows a chunk is unpacked once. (On CPUs where bfloat16 products take two cycles,
-// as they do on Zen 4, float32 is as fast, and it is exact.)
+// unpack them in registers; for many rows a chunk is unpacked once. Products of bfloat16 can be twice as fast, but would
+// round every weight.
 
 #pragma once
 
@@ -96,14 +96,9 @@ struct FusedMath {
     template <class Row, class Work_>
     static void score_rows(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t first, int64_t end,
                            int64_t first_row, const float* scales) {
-        int64_t row = 0;
-        for (; row + 4 <= work.rows; row += 4) score_stored<4>(work, reader, rows, first, end, first_row, row, scales);
-        switch (work.rows - row) {
-            case 3: return score_stored<3>(work, reader, rows, first, end, first_row, row, scales);
-            case 2: return score_stored<2>(work, reader, rows, first, end, first_row, row, scales);
-            case 1: return score_stored<1>(work, reader, rows, first, end, first_row, row, scales);
-            default: return;
-        }
+        each_rows(work.rows, [&](auto number, int64_t row) {
+            score_stored<decltype(number)::kCount>(work, reader, rows, first, end, first_row, row, scales);
+        });
     }
 
     template <class Work_>
@@ -175,14 +170,9 @@ struct FusedMath {
     static void weigh_rows(Work_& work, const Row& reader, const uint8_t* const* rows, int64_t first, int64_t end,
                            int64_t first_row) {
         for (int64_t begin = 0; begin < work.value_dim; begin += 64) {
-            int64_t row = 0;
-            for (; row + 4 <= work.rows; row += 4) weigh_stored<4>(work, reader, rows, first, end, first_row, row, begin);
-            switch (work.rows - row) {
-                case 3: weigh_stored<3>(work, reader, rows, first, end, first_row, row, begin); break;
-                case 2: weigh_stored<2>(work, reader, rows, first, end, first_row, row, begin); break;
-                case 1: weigh_stored<1>(work, reader, rows, first, end, first_row, row, begin); break;
-                default: break;
-            }
+            each_rows(work.rows, [&](auto number, int64_t row) {
+                weigh_stored<decltype(number)::kCount>(work, reader, rows, first, end, first_row, row, begin);
+            });
         }
     }
 

@@ -225,26 +225,15 @@ struct VnniMath {
     }
 
     template <class Work_>
-    static void score(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t count,
-                      int64_t first_row, const float* scales) {
-        int64_t row = 0;
-        if (work.rows <= kFewRows && work.key_dim <= 256) {
-            for (; row + 4 <= work.rows; row += 4) score_stored_rows<4>(work, rows, count, first_row, row, scales);
-            switch (work.rows - row) {
-                case 3: return score_stored_rows<3>(work, rows, count, first_row, row, scales);
-                case 2: return score_stored_rows<2>(work, rows, count, first_row, row, scales);
-                case 1: return score_stored_rows<1>(work, rows, count, first_row, row, scales);
-                default: return;
-            }
-        }
-        pack_keys(rows, count, work.key_dim, work.packed);
-        for (; row + 4 <= work.rows; row += 4) score_rows<4>(work, count, first_row, row, scales);
-        switch (work.rows - row) {
-            case 3: return score_rows<3>(work, count, first_row, row, scales);
-            case 2: return score_rows<2>(work, count, first_row, row, scales);
-            case 1: return score_rows<1>(work, count, first_row, row, scales);
-            default: return;
-        }
+    static void score(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t count, int64_t first_row,
+                      const float* scales) {
+        const bool as_stored = work.rows <= kFewRows && work.key_dim <= 256;
+        if (!as_stored) pack_keys(rows, count, work.key_dim, work.packed);
+        each_rows(work.rows, [&](auto number, int64_t row) {
+            constexpr int kRows = decltype(number)::kCount;
+            as_stored ? score_stored_rows<kRows>(work, rows, count, first_row, row, scales)
+                      : score_rows<kRows>(work, count, first_row, row, scales);
+        });
     }
 
     // High digits | low digits.
@@ -367,26 +356,14 @@ struct VnniMath {
     }
 
     template <class Work_>
-    static void weigh(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t count,
-                      int64_t first_row) {
-        int64_t row = 0;
-        if (work.rows <= kFewRows) {
-            for (; row + 4 <= work.rows; row += 4) weigh_stored_rows<4>(work, rows, count, first_row, row);
-            switch (work.rows - row) {
-                case 3: return weigh_stored_rows<3>(work, rows, count, first_row, row);
-                case 2: return weigh_stored_rows<2>(work, rows, count, first_row, row);
-                case 1: return weigh_stored_rows<1>(work, rows, count, first_row, row);
-                default: return;
-            }
-        }
-        pack_values(rows, count, work.value_dim, work.packed);
-        for (; row + 4 <= work.rows; row += 4) weigh_rows<4>(work, count, first_row, row);
-        switch (work.rows - row) {
-            case 3: return weigh_rows<3>(work, count, first_row, row);
-            case 2: return weigh_rows<2>(work, count, first_row, row);
-            case 1: return weigh_rows<1>(work, count, first_row, row);
-            default: return;
-        }
+    static void weigh(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t count, int64_t first_row) {
+        const bool as_stored = work.rows <= kFewRows;
+        if (!as_stored) pack_values(rows, count, work.value_dim, work.packed);
+        each_rows(work.rows, [&](auto number, int64_t row) {
+            constexpr int kRows = decltype(number)::kCount;
+            as_stored ? weigh_stored_rows<kRows>(work, rows, count, first_row, row)
+                      : weigh_rows<kRows>(work, count, first_row, row);
+        });
     }
 
     // Undo the order of pack_values.

@@ -4,6 +4,7 @@
 
 #include "append_turn.h"
 #include "close_core.h"
+#include "instructions.h"
 #include "parallel.h"
 
 namespace kvcfg {
