@@ -90,7 +90,10 @@ class LoadedModels:
         """The experiment's model; loaded on first use."""
         key = (experiment.model.name, balances_rope(experiment))
         if key not in self._loaded:
-            self._loaded[key] = kvcfg.load(experiment).model
+            model = kvcfg.load(experiment).model
+            # The same attention over every cache, peers' too: differences are the caches' alone.
+            model.set_attn_implementation("sdpa")
+            self._loaded[key] = model
         return self._loaded[key]
 
 
