@@ -67,7 +67,7 @@ RECIPES = {
 TURNED_AS_THEY_CLOSE = recipe_of("int8", transform="hadamard", open_page_format=FORMATS["bfloat16"])
 """Open pages hold keys as they are, closed ones turned."""
 
-EXACT_RECIPES = ("float32", "float16")
+EXACT_RECIPES = ("float32", "float16", "bfloat16", "bfloat16 turned", "e4m3", "e4m3 turned", "e5m2", "float4")
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,54 @@
 // Attention for CPUs with AVX-512 and its dot products of whole numbers (VNNI).
 //
-//     int8 pages                                   products of bytes
-//     e4m3 with scales, 4-bit codes, and int8      products of 16-bit numbers
-//       beside them, heads of up to 128
-//     all others                                   float32
+//     int8 pages                                        products of bytes
+//     bfloat16, 8-bit floats, 4-bit codes, and int8     products of bfloat16, where the CPU has them
+//       beside these
+//     all others                                        float32
 
 #if defined(__x86_64__)
+#include <type_traits>
+
 #include "attend.h"
+#include "instructions.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c")
 #endif
 
 #include "attend_fused.h"
+#include "attend_pairs.h"
 #include "attend_vnni.h"
-#include "attend_words.h"
 
 namespace kvcfg {
 namespace {
 
-enum class Numbers { kBytes, kWords, kFloats };
+enum class Numbers { kBytes, kPairs, kPairsOfDigits, kFloats };
 
 Numbers numbers_of(const AttendCall& call) {
-    bool bytes = true, words = call.layout->keys.dim <= WordMath::kWidest;
+    static const bool has_pairs = has_avx512_bf16();
+    bool bytes = true, pairs = has_pairs;
     const PageLayout* layouts[] = {call.layout, call.open_pages == nullptr ? call.layout : call.open_layout};
     for (const PageLayout* layout : layouts) {
         const SideLayout* sides[] = {&layout->keys, &layout->values};
         for (const SideLayout* side : sides) {
             bytes = bytes && side->format == kInt8;
-            words = words && side->scale_type != kNoScale &&
-                    (side->format == kInt8 || side->format == kE4M3 || side->format == kCodes4);
+            pairs = pairs && PairMath<1>::reads(side->format);
         }
     }
-    return bytes ? Numbers::kBytes : words ? Numbers::kWords : Numbers::kFloats;
+    if (bytes) return Numbers::kBytes;
+    if (!pairs) return Numbers::kFloats;
+    // Codes with zeros are not negative: what rounding does to their sum is not small beside it once the zeros are added.
+    const bool has_zeros = call.layout->keys.zeros >= 0 || call.layout->values.zeros >= 0;
+    return call.query_type == kBFloat16 && !has_zeros ? Numbers::kPairs : Numbers::kPairsOfDigits;
 }
 
 int64_t scratch_bytes(const AttendCall& call, const Item& item) {
     switch (numbers_of(call)) {
         case Numbers::kBytes: return scratch_bytes_of<VnniMath>(call, item);
-        case Numbers::kWords: return scratch_bytes_of<WordMath>(call, item);
+        case Numbers::kPairs: return scratch_bytes_of<PairMath<1>>(call, item);
+        case Numbers::kPairsOfDigits: return scratch_bytes_of<PairMath<2>>(call, item);
         default: return scratch_bytes_of<FusedMath>(call, item);
     }
 }
@@ -48,7 +56,8 @@ int64_t scratch_bytes(const AttendCall& call, const Item& item) {
 void run(const AttendCall& call, const Item& item, uint8_t* scratch) {
     switch (numbers_of(call)) {
         case Numbers::kBytes: return run_item<VnniMath>(call, item, scratch);
-        case Numbers::kWords: return run_item<WordMath>(call, item, scratch);
+        case Numbers::kPairs: return run_item<PairMath<1>>(call, item, scratch);
+        case Numbers::kPairsOfDigits: return run_item<PairMath<2>>(call, item, scratch);
         default: return run_item<FusedMath>(call, item, scratch);
     }
 }

@@ -4,9 +4,9 @@
 //     soften  scores to weights: the softmax of a row so far (Milakov and Gimelshein 2018, online softmax)
 //     weigh   weights times values, added to what earlier chunks gave
 //
-// so that pages are read once, in the order in which they lie, and everything else stays in the caches. A Math
-// says in which numbers products are taken, and whether stored
-// rows are first packed in the order of the products, which pays where many rows share them. Include after the pragma that chooses an instruction set.
+// so that pages are read once, in the order in which they lie, and everything else stays in the caches. A Math says in
+// which numbers products are taken, and whether stored rows are first packed in the order of the products, which pays
+// where many rows share them. Include after the pragma that chooses an instruction set.
 
 #pragma once
 
@@ -41,6 +41,7 @@ struct Work {
     uint8_t* packed;       // keys, then values, of one head of a chunk
     float* scales;         // [4, kChunk, n_kv_heads]: of keys, of values, zeros of keys, of values
     float* of_head;        // [4, kChunk] those of one head
+    float* inverse;        // [kChunk] of the scales of its values, where Math rounds weights
     float* one_row;        // [max dim]
     uint8_t* nothing;      // a row of zeros in place of tokens past the end
     Chunk* chunks;         // [2] this one and the next
@@ -74,6 +75,7 @@ struct Work {
         packed = take<uint8_t>(scratch, kChunk * widest * Math::kPackedBytes);
         scales = take<float>(scratch, 4 * kChunk * layout.n_kv_heads);
         of_head = take<float>(scratch, 4 * kChunk);
+        inverse = take<float>(scratch, kChunk);
         one_row = take<float>(scratch, 2 * widest);
         nothing = take<uint8_t>(scratch, widest * 4 + 64);
         chunks = take<Chunk>(scratch, 2);
@@ -114,9 +116,11 @@ void prepare_queries(Work<Math>& work) {
                 for (int64_t i = 0; i < dim; ++i) work.exact_queries[place * dim + i] = query[i] * work.factor;
             }
             if (call.layout->turned) turn(query, dim);
-            float sum_of_row = 0;
-            for (int64_t i = 0; i < dim; ++i) sum_of_row += query[i];
-            work.query_sums[place] = sum_of_row * work.factor;
+            if (call.layout->keys.zeros >= 0) {
+                float sum_of_row = 0;
+                for (int64_t i = 0; i < dim; ++i) sum_of_row += query[i];
+                work.query_sums[place] = sum_of_row * work.factor;
+            }
             Math::take_query(call, query, dim, work.queries + place * Math::query_bytes(dim));
             work.most[place] = kMinusInfinity;
             work.total[place] = work.shift[place] = 0;
@@ -135,14 +139,14 @@ void read_chunk_scales(Work<Math>& work, const Chunk& chunk) {
             const Side& part = piece.sides[side];
             float* scales = work.scales + (side * kChunk + piece.begin) * n_heads;
             float* zeros = scales + 2 * kChunk * n_heads;
+            const float unit = Math::unit_of(work.constants, part.format, side);
             if (part.scales != nullptr) {
                 read_scales(part.scales, part.scale_type, piece.count * n_heads, scales);
-                const float unit = Math::unit_of(work.constants, part.format, side);
                 for (int64_t i = 0; unit != 1.0f && i < piece.count * n_heads; ++i) scales[i] *= unit;
             } else {
                 const float* fixed = work.call.head_scales;
                 for (int64_t i = 0; i < piece.count * n_heads; ++i) {
-                    scales[i] = fixed == nullptr ? 1.0f : fixed[side * n_heads + i % n_heads];
+                    scales[i] = unit * (fixed == nullptr ? 1.0f : fixed[side * n_heads + i % n_heads]);
                 }
             }
             if (work.call.layout->keys.zeros < 0 && work.call.layout->values.zeros < 0) continue;
@@ -172,7 +176,7 @@ void token_rows(Work<Math>& work, const Chunk& chunk, int side, int64_t head, co
         const Piece& piece = chunk.pieces[number];
         const Side& part = piece.sides[side];
         const uint8_t* row = part.elements + head * part.head_bytes;
-        for (int64_t i = 0; i < piece.count; ++i, row += part.token_bytes) rows[piece.begin + i] = row;
+        for (int64_t i = 0; i < piece.count; ++i) rows[piece.begin + i] = row + i * part.token_bytes;
         memset(formats + piece.begin, static_cast<int>(part.format), piece.count);
     }
     for (int64_t token = chunk.count; token < round_up(chunk.count, 16); ++token) {
@@ -232,8 +236,15 @@ float soften(Work<Math>& work, const Chunk& chunk, int64_t row, int64_t place) {
     Floats total = {}, top = {}, shift = {};
     for (int64_t i = 0; i < end; i += 16) {
         const Floats weights = exp2_of(load<Floats>(scores + i) - most);
-        const Floats scaled = weights * load<Floats>(scales + i);
-        total += weights;
+        Floats scaled = weights * load<Floats>(scales + i);
+        if constexpr (Math::kRoundsWeights) {
+            // What is summed up are the weights that will be taken, so that a row's weights still add up to 1.
+            scaled = Math::rounded(scaled);
+            const Floats inverse = load<Floats>(work.inverse + i);
+            total += inverse != 0.0f ? scaled * inverse : weights;
+        } else {
+            total += weights;
+        }
         top = larger(scaled, top);
         if (has_zeros) shift += weights * load<Floats>(zeros + i);
         store(scores + i, scaled);
@@ -257,6 +268,10 @@ void attend_head(Work<Math>& work, const Chunk& chunk, int64_t head) {
         pick_head(work, chunk, kv_head, part, part == 0 ? work.factor : 1.0f);
     }
     const float* key_scales = work.of_head;
+    for (int64_t i = 0; Math::kRoundsWeights && i < round_up(chunk.count, 16); i += 16) {
+        const Floats scales = load<Floats>(work.of_head + kChunk + i);
+        store(work.inverse + i, scales < 1e-30f ? all(0.0f) : 1.0f / scales);
+    }
 
     token_rows(work, chunk, 0, kv_head, rows, formats);
     Math::score(work, rows, formats, chunk.count, first_row, key_scales);

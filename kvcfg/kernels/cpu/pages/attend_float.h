@@ -52,6 +52,7 @@ template <int kRows, int kTiles, class Transpose>
 struct FloatMath {
     static constexpr int64_t kWeightBytes = 0, kPackedBytes = 4;
     static constexpr int64_t kConstantBytes = 0;
+    static constexpr bool kRoundsWeights = false;
     static void prepare(const AttendCall&, uint8_t*) {}
     static float unit_of(const uint8_t*, int64_t, int) { return 1.0f; }
 

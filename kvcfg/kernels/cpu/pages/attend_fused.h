@@ -1,6 +1,5 @@
 // Products in float32 with AVX-512, of every element format. Few rows take keys and values as they are stored, and
-// unpack them in registers; for many rows a chunk is unpacked once. Products of bfloat16 can be twice as fast, but would
-// round every weight.
+// unpack them in registers; for many rows a chunk is unpacked once.
 
 #pragma once
 
@@ -18,6 +17,7 @@ struct FusedMath {
     using Packed = FloatMath<4, 4, FastTranspose>;
     static constexpr int64_t kPackedBytes = 4, kWeightBytes = 0;
     static constexpr int64_t kConstantBytes = 0;
+    static constexpr bool kRoundsWeights = false;
     static void prepare(const AttendCall&, uint8_t*) {}
     static float unit_of(const uint8_t*, int64_t, int) { return 1.0f; }
 

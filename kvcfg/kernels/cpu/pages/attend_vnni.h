@@ -14,62 +14,44 @@ namespace {
 
 struct VnniMath {
     static constexpr int64_t kPackedBytes = 1, kWeightBytes = 2 * kChunk;
+    static constexpr int64_t kDirectRows = 4;  // up to so many rows take keys as they are stored
     static constexpr int64_t kConstantBytes = 0;
+    static constexpr bool kRoundsWeights = false;
     static void prepare(const AttendCall&, uint8_t*) {}
     static float unit_of(const uint8_t*, int64_t, int) { return 1.0f; }
 
     // A query: high digits | low digits, each rounded up to 64, then what follows.
     struct Query {
         float scale;
-        int32_t high_start, low_start;
+        int32_t start;  // sums are whole numbers modulo 2^32; that of a token and row is below 2^31
     };
 
     static int64_t plane(int64_t dim) { return round_up(dim, 64); }
     static int64_t query_bytes(int64_t dim) { return 2 * plane(dim) + 64; }
 
     static void take_query(const AttendCall&, const float* query, int64_t dim, uint8_t* to) {
-        float most = 0, poison = 0;
-        for (int64_t i = 0; i < dim; ++i) {
-            most = __builtin_fabsf(query[i]) > most ? __builtin_fabsf(query[i]) : most;
-            poison += query[i] * 0.0f;
+        __m512 most = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+        for (int64_t i = 0; i < dim; i += 16) {
+            const __m512 numbers = _mm512_maskz_loadu_ps(first_units(dim - i), query + i);
+            most = _mm512_max_ps(_mm512_abs_ps(numbers), most);
+            poison = _mm512_fmadd_ps(numbers, _mm512_setzero_ps(), poison);
         }
-        int8_t *high = reinterpret_cast<int8_t*>(to), *low = high + plane(dim);
-        memset(to, 0, query_bytes(dim));
-        const float largest_code = 127 * 256 + 127, factor = most > 0 ? largest_code / most : 0.0f;
-        int32_t high_sum = 0, low_sum = 0;
-        for (int64_t i = 0; i < dim; ++i) {
-            const int32_t code = _mm_cvtss_si32(_mm_set_ss(query[i] * factor)), digit = (code + 128) >> 8;
-            high[i] = static_cast<int8_t>(digit);
-            low[i] = static_cast<int8_t>(code - digit * 256);
-            high_sum += high[i];
-            low_sum += low[i];
+        const float largest_code = static_cast<float>(less(127 * 256 + 127, INT32_MAX / 128 / dim));
+        const float largest = _mm512_reduce_max_ps(most);
+        const __m512 factor = _mm512_set1_ps(largest > 0 ? largest_code / largest : 0.0f);
+        __m512i sum_of_codes = _mm512_setzero_si512();
+        for (int64_t i = 0; i < plane(dim); i += 16) {
+            const __m512 numbers = _mm512_maskz_loadu_ps(first_units(dim - i), query + i);
+            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, factor));
+            const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(128)), 8);
+            const __m512i low = _mm512_sub_epi32(codes, _mm512_slli_epi32(high, 8));
+            sum_of_codes = _mm512_add_epi32(sum_of_codes, codes);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(high));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + plane(dim) + i), _mm512_cvtepi32_epi8(low));
         }
-        const Query query_facts = {most / largest_code + poison, -128 * high_sum, -128 * low_sum};
-        memcpy(to + 2 * plane(dim), &query_facts, sizeof query_facts);
-    }
-
-    // [groups of 16 tokens, dim / 4, 16, 4] unsigned
-    static void pack_keys(const uint8_t* const* rows, int64_t count, int64_t dim, uint8_t* packed) {
-        const int64_t fours = (dim + 3) / 4;
-        const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-        for (int64_t group = 0; group < count; group += 16) {
-            uint8_t* to = packed + group * fours * 4;
-            for (int64_t begin = 0; begin < dim; begin += 64) {
-                __m512i block[16];
-                KVCFG_UNROLL
-                for (int i = 0; i < 16; ++i) {
-                    block[i] = _mm512_xor_si512(load_bytes(rows[group + i] + begin, dim - begin), sign);
-                }
-                transpose(block);
-                const int64_t units = less(16, fours - begin / 4);
-                if (units == 16) {
-                    KVCFG_UNROLL
-                    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (begin / 4 + i) * 64, block[i]);
-                } else {
-                    for (int i = 0; i < units; ++i) _mm512_storeu_si512(to + (begin / 4 + i) * 64, block[i]);
-                }
-            }
-        }
+        const Query facts = {largest / largest_code + _mm512_reduce_add_ps(poison),
+                             -128 * _mm512_reduce_add_epi32(sum_of_codes)};
+        memcpy(to + 2 * plane(dim), &facts, sizeof facts);
     }
 
     // [tokens / 4, dim / 64, 4, 16, 4]: of each 64 numbers, vector j holds those 16 * lane + 4 * j + 0..3 of four tokens
@@ -91,67 +73,6 @@ struct VnniMath {
         }
     }
 
-    template <int kRows, int kTiles>
-    static void score_tile(const uint8_t* queries, int64_t dim, const uint8_t* keys, const float* scales, float* scores) {
-        const int64_t fours = (dim + 3) / 4;
-        __m512i high[kRows][kTiles], low[kRows][kTiles];
-        Query facts[kRows];
-        const uint8_t* from[kRows];
-        KVCFG_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            from[r] = queries + r * query_bytes(dim);
-            memcpy(facts + r, from[r] + 2 * plane(dim), sizeof(Query));
-            KVCFG_UNROLL
-            for (int t = 0; t < kTiles; ++t) {
-                high[r][t] = _mm512_set1_epi32(facts[r].high_start);
-                low[r][t] = _mm512_set1_epi32(facts[r].low_start);
-            }
-        }
-        const int64_t low_plane = plane(dim), tile_bytes = fours * 64;
-        for (int64_t i = 0; i < fours; ++i) {
-            __m512i key[kTiles];
-            KVCFG_UNROLL
-            for (int t = 0; t < kTiles; ++t) key[t] = _mm512_loadu_si512(keys + t * tile_bytes + i * 64);
-            KVCFG_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                int32_t digits[2];
-                memcpy(digits, from[r] + i * 4, 4);
-                memcpy(digits + 1, from[r] + low_plane + i * 4, 4);
-                const __m512i high_digits = _mm512_set1_epi32(digits[0]), low_digits = _mm512_set1_epi32(digits[1]);
-                KVCFG_UNROLL
-                for (int t = 0; t < kTiles; ++t) {
-                    high[r][t] = _mm512_dpbusd_epi32(high[r][t], key[t], high_digits);
-                    low[r][t] = _mm512_dpbusd_epi32(low[r][t], key[t], low_digits);
-                }
-            }
-        }
-        KVCFG_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            KVCFG_UNROLL
-            for (int t = 0; t < kTiles; ++t) {
-                const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r][t]), _mm512_set1_ps(256.0f),
-                                                     _mm512_cvtepi32_ps(low[r][t]));
-                const __m512 factor = _mm512_mul_ps(_mm512_loadu_ps(scales + t * 16), _mm512_set1_ps(facts[r].scale));
-                _mm512_storeu_ps(scores + r * kScores + t * 16, _mm512_mul_ps(whole, factor));
-            }
-        }
-    }
-
-    template <int kRows, class Work_>
-    static void score_rows(Work_& work, int64_t count, int64_t first_row, int64_t row, const float* scales) {
-        const int64_t dim = work.key_dim, token_bytes = (dim + 3) / 4 * 4;
-        const uint8_t* queries = work.queries + (first_row + row) * query_bytes(dim);
-        float* scores = work.scores + row * kScores;
-        constexpr int kTiles = kRows <= 2 ? 4 : 2;
-        int64_t token = 0;
-        for (; token + 16 * kTiles <= round_up(count, 16); token += 16 * kTiles) {
-            score_tile<kRows, kTiles>(queries, dim, work.packed + token * token_bytes, scales + token, scores + token);
-        }
-        for (; token < count; token += 16) {
-            score_tile<kRows, 1>(queries, dim, work.packed + token * token_bytes, scales + token, scores + token);
-        }
-    }
-
     // Products of rows with keys as they are stored: lane by lane, and the lanes of 16 products added at once.
     template <int kRows, int kBlocks, class Work_>
     static void score_stored(Work_& work, const uint8_t* const* rows, int64_t count, int64_t first_row, int64_t row,
@@ -165,7 +86,7 @@ struct VnniMath {
         for (int lane = 0; lane < 16; ++lane) {
             Query facts;
             memcpy(&facts, queries + less(lane / kTokens, kRows - 1) * query_bytes(dim) + 2 * plane(dim), sizeof facts);
-            starts[lane] = facts.high_start * 256 + facts.low_start;
+            starts[lane] = facts.start;
             factors[lane] = facts.scale;
         }
         float* scores = work.scores + row * kScores;
@@ -224,15 +145,77 @@ struct VnniMath {
         }
     }
 
+    // For more rows keys are made unsigned, and put in the order of products, once: [groups of 16 tokens, 2, units, 2]
+    // vectors.
+    static void pack_keys(FourRows rows, int64_t count, uint8_t* packed) {
+        const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+        for (int64_t token = 0; token < count; token += 16) {
+            rows.go_to(token);
+            for (int first = 0; first < 4; first += 2) {
+                rows.each_unit(first, [&](int64_t, const __m512i* stored) {
+                    _mm512_store_si512(packed, _mm512_xor_si512(stored[0], sign));
+                    _mm512_store_si512(packed + 64, _mm512_xor_si512(stored[1], sign));
+                    packed += 128;
+                });
+            }
+        }
+    }
+
+    template <int kRows, class Work_>
+    static void score_packed(Work_& work, int64_t count, int64_t first_row, int64_t row, const float* scales) {
+        const int64_t dim = work.key_dim, units = (dim + 15) / 16;
+        const uint8_t *queries = work.queries + (first_row + row) * query_bytes(dim), *keys = work.packed;
+        float* scores = work.scores + row * kScores;
+        Query facts[kRows];
+        for (int r = 0; r < kRows; ++r) memcpy(facts + r, queries + r * query_bytes(dim) + 2 * plane(dim), sizeof(Query));
+        for (int64_t token = 0; token < count; token += 16) {
+            __m512i products[kRows][4];
+            KVCFG_UNROLL
+            for (int first = 0; first < 4; first += 2) {
+                __m512i high[kRows][2], low[kRows][2];
+                KVCFG_UNROLL
+                for (int r = 0; r < kRows; ++r) high[r][0] = high[r][1] = low[r][0] = low[r][1] = _mm512_setzero_si512();
+                for (int64_t unit = 0; unit < units; ++unit, keys += 128) {
+                    const __m512i key[2] = {_mm512_load_si512(keys), _mm512_load_si512(keys + 64)};
+                    KVCFG_UNROLL
+                    for (int r = 0; r < kRows; ++r) {
+                        const uint8_t* query = queries + r * query_bytes(dim) + unit * 16;
+                        const __m512i high_digits = to_all_quarters(query), low_digits = to_all_quarters(query + plane(dim));
+                        KVCFG_UNROLL
+                        for (int i = 0; i < 2; ++i) {
+                            high[r][i] = _mm512_dpbusd_epi32(high[r][i], key[i], high_digits);
+                            low[r][i] = _mm512_dpbusd_epi32(low[r][i], key[i], low_digits);
+                        }
+                    }
+                }
+                KVCFG_UNROLL
+                for (int r = 0; r < kRows; ++r) {
+                    KVCFG_UNROLL
+                    for (int i = 0; i < 2; ++i) {
+                        products[r][first + i] = _mm512_add_epi32(_mm512_slli_epi32(high[r][i], 8), low[r][i]);
+                    }
+                }
+            }
+            const __m512 scale = _mm512_loadu_ps(scales + token);
+            KVCFG_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+                const __m512i sums = sums_of_quarters(products[r], [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+                const __m512i whole = _mm512_add_epi32(sums, _mm512_set1_epi32(facts[r].start));
+                const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(facts[r].scale));
+                _mm512_storeu_ps(scores + r * kScores + token, _mm512_mul_ps(_mm512_cvtepi32_ps(whole), factor));
+            }
+        }
+    }
+
     template <class Work_>
     static void score(Work_& work, const uint8_t* const* rows, const uint8_t*, int64_t count, int64_t first_row,
                       const float* scales) {
-        const bool as_stored = work.rows <= kFewRows && work.key_dim <= 256;
-        if (!as_stored) pack_keys(rows, count, work.key_dim, work.packed);
+        const bool as_stored = work.rows <= kDirectRows && work.key_dim <= 256;
+        if (!as_stored) pack_keys({rows, round_up(count, 16), work.key_dim, {}}, count, work.packed);
         each_rows(work.rows, [&](auto number, int64_t row) {
             constexpr int kRows = decltype(number)::kCount;
             as_stored ? score_stored_rows<kRows>(work, rows, count, first_row, row, scales)
-                      : score_rows<kRows>(work, count, first_row, row, scales);
+                      : score_packed<kRows>(work, count, first_row, row, scales);
         });
     }
 
@@ -366,11 +349,15 @@ struct VnniMath {
         });
     }
 
-    // Undo the order of pack_values.
+    // Undo the order of pack_values. Of the last 64 numbers those past `dim` are 0.
     static void in_order(const float* sums, int64_t dim, float* to) {
-        for (int64_t i = 0; i < dim; ++i) {
-            const int64_t place = i % 64;
-            to[i] = sums[i - place + place / 4 % 4 * 16 + place / 16 * 4 + place % 4];
+        for (int64_t begin = 0; begin < dim; begin += 64) {
+            __m512 four[4];
+            KVCFG_UNROLL
+            for (int i = 0; i < 4; ++i) four[i] = _mm512_loadu_ps(sums + begin + i * 16);
+            turn_quarters(four);
+            KVCFG_UNROLL
+            for (int i = 0; i < 4; ++i) _mm512_mask_storeu_ps(to + begin + i * 16, first_units(dim - begin - i * 16), four[i]);
         }
     }
 };

@@ -37,6 +37,16 @@ KVCFG_INLINE void transpose(__m512i* rows) {
     }
 }
 
+// The quarters of four vectors, columns to rows: vector i becomes the quarters i of all.
+KVCFG_INLINE void turn_quarters(__m512* vectors) {
+    const __m512 low_a = _mm512_shuffle_f32x4(vectors[0], vectors[1], 0x44), high_a = _mm512_shuffle_f32x4(vectors[0], vectors[1], 0xee);
+    const __m512 low_b = _mm512_shuffle_f32x4(vectors[2], vectors[3], 0x44), high_b = _mm512_shuffle_f32x4(vectors[2], vectors[3], 0xee);
+    vectors[0] = _mm512_shuffle_f32x4(low_a, low_b, 0x88);
+    vectors[1] = _mm512_shuffle_f32x4(low_a, low_b, 0xdd);
+    vectors[2] = _mm512_shuffle_f32x4(high_a, high_b, 0x88);
+    vectors[3] = _mm512_shuffle_f32x4(high_a, high_b, 0xdd);
+}
+
 // The sums of 16 vectors, one a lane: pairs of lanes are added as vectors are merged.
 template <class Vector, class Add>
 KVCFG_INLINE Vector sums_of(Vector* vectors, const Add& add) {
@@ -74,7 +84,61 @@ KVCFG_INLINE __m512i load_bytes(const uint8_t* from, int64_t count) {
     return count >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(first_bytes(count), from);
 }
 
-// The bfloat16 of every 8-bit element without its sign: upper and lower bytes.
+// The sums of the quarters of four vectors: lane 4 * quarter + i is that of vector i.
+template <class Vector, class Add>
+KVCFG_INLINE Vector sums_of_quarters(const Vector* four, const Add& add) {
+    Vector halves[2];
+    KVCFG_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        const __m512i a = (__m512i)four[2 * i], b = (__m512i)four[2 * i + 1];
+        halves[i] = add((Vector)_mm512_unpacklo_epi32(a, b), (Vector)_mm512_unpackhi_epi32(a, b));
+    }
+    const __m512i a = (__m512i)halves[0], b = (__m512i)halves[1];
+    return add((Vector)_mm512_unpacklo_epi64(a, b), (Vector)_mm512_unpackhi_epi64(a, b));
+}
+
+KVCFG_INLINE __m512i to_all_quarters(const uint8_t* from) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+// Stored rows of 16 tokens as vectors of four tokens each, 16 bytes of every one: vector j holds tokens 4 * quarter + j,
+// so that `sums_of_quarters` of all four are the sums of the tokens in order. Past the end of a run its last token stands
+// in: its scores are written anew by the next run, or lie past the chunk.
+struct FourRows {
+    const uint8_t* const* rows;
+    int64_t end, row_bytes;
+    const uint8_t* at[16];
+
+    KVCFG_INLINE void go_to(int64_t token) {
+        for (int64_t i = 0; i < 16; ++i) at[i] = rows[less(token + i, end - 1)];
+    }
+
+    int64_t units() const { return (row_bytes + 15) / 16; }
+
+    // Calls `use(unit, vectors)` for every 16 bytes of a row, with vectors first and first + 1; zeros follow the row.
+    template <class Use>
+    KVCFG_INLINE void each_unit(int first, const Use& use) const {
+        for (int64_t begin = 0; begin < row_bytes; begin += 64) {
+            __m512 blocks[2][4];
+            KVCFG_UNROLL
+            for (int vector = 0; vector < 2; ++vector) {
+                KVCFG_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    blocks[vector][i] = _mm512_castsi512_ps(load_bytes(at[4 * i + first + vector] + begin, row_bytes - begin));
+                }
+                turn_quarters(blocks[vector]);
+            }
+            KVCFG_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                if (begin + i * 16 >= row_bytes) break;
+                const __m512i vectors[2] = {_mm512_castps_si512(blocks[0][i]), _mm512_castps_si512(blocks[1][i])};
+                use(begin / 16 + i, vectors);
+            }
+        }
+    }
+};
+
+// The bfloat16 of every 8-bit element without its sign: upper and lower bytes. Of int8 those of the numbers 0 … 127.
 struct ByteTable {
     alignas(64) uint8_t low[128], high[128];
 };
@@ -83,7 +147,8 @@ inline ByteTable byte_table(int64_t format) {
     ByteTable table;
     for (int code = 0; code < 128; ++code) {
         const Bytes bits = Bytes{} + static_cast<uint8_t>(code);
-        const uint16_t half = to_bfloat16((format == kE4M3 ? from_e4m3(bits) : from_e5m2(bits))[0]);
+        const Floats number = format == kE4M3 ? from_e4m3(bits) : format == kE5M2 ? from_e5m2(bits) : from_int8(bits);
+        const uint16_t half = to_bfloat16(number[0]);
         table.low[code] = static_cast<uint8_t>(half);
         table.high[code] = static_cast<uint8_t>(half >> 8);
     }

@@ -18,24 +18,27 @@ Allowed allowed() {
 
 }  // namespace
 
-bool has_avx2() {
+bool has_avx2() noexcept {
     return allowed() >= kAvx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-bool has_avx512() {
+bool has_avx512() noexcept {
     return allowed() == kAll && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
-bool has_avx512_vnni() {
+bool has_avx512_vnni() noexcept {
     return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
 
+bool has_avx512_bf16() noexcept { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
 #else
 
-bool has_avx2() { return false; }
-bool has_avx512() { return false; }
-bool has_avx512_vnni() { return false; }
+bool has_avx2() noexcept { return false; }
+bool has_avx512() noexcept { return false; }
+bool has_avx512_vnni() noexcept { return false; }
+bool has_avx512_bf16() noexcept { return false; }
 
 #endif
 

@@ -4,8 +4,9 @@
 
 namespace kvcfg {
 
-bool has_avx2();         // with FMA
-bool has_avx512();       // F, BW, VL and DQ
-bool has_avx512_vnni();  // and VNNI and VBMI
+bool has_avx2() noexcept;         // with FMA
+bool has_avx512() noexcept;       // F, BW, VL and DQ
+bool has_avx512_vnni() noexcept;  // and VNNI and VBMI
+bool has_avx512_bf16() noexcept;  // and BF16
 
 }  // namespace kvcfg

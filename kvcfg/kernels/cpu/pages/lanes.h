@@ -65,21 +65,19 @@ KVCFG_INLINE float largest(Floats numbers) {
     return low > high ? low : high;
 }
 
-// 2^x for x of at most 127, relative error 2e-7; 0 below 2^-126, NaN of NaN. The polynomial is the Taylor series of
-// 2^x about 0 up to degree 7, which is good for |x| <= 1/2.
+// 2^x for x of at most 127, relative error 2e-7; 0 below 2^-126, NaN of NaN. The polynomial interpolates 2^x in the
+// Chebyshev points of -1/2 … 1/2.
 KVCFG_INLINE Floats exp2_of(Floats x) {
     const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     const Floats bounded = x < -127.0f ? all(-127.0f) : x;
     const Floats whole = bounded + shift;
     const Floats rest = bounded - (whole - shift);
-    Floats power = all(1.52527338e-5f);
-    power = power * rest + 1.54035304e-4f;
-    power = power * rest + 1.33335581e-3f;
-    power = power * rest + 9.61812911e-3f;
-    power = power * rest + 5.55041087e-2f;
-    power = power * rest + 2.40226507e-1f;
-    power = power * rest + 6.93147181e-1f;
-    power = power * rest + 1.0f;
+    Floats power = all(1.339086337e-3f);
+    power = power * rest + 9.676031918e-3f;
+    power = power * rest + 5.550357114e-2f;
+    power = power * rest + 2.402210749e-1f;
+    power = power * rest + 6.931471880e-1f;
+    power = power * rest + 1.000000075f;
     const Floats scaled = as_floats(as_ints(power) + (as_ints(whole) << 23));
     return x < -126.0f ? all(0.0f) : (x == x ? scaled : x);
 }
