@@ -1,4 +1,4 @@
-"""`kvcfg bench` as a Hydra application: how fast a cache decodes beside transformers' own."""
+"""`kvcfg bench` as a Hydra application: how fast the kernels are, and a model with the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ register("bench")
 
 @hydra.main(config_path=CONFIG_PATH, config_name="bench", **VERSION_BASE)
 def app(config: DictConfig) -> None:
-    """One job: time one cache and print it."""
+    """One job: time one point and print it."""
     run_job("bench", config)
 
 

@@ -59,7 +59,7 @@ def measure(
         if with_vllm:
             for name, sizes in side_vllm.BLOCK_SIZES.items():
                 for size in sizes:
-                    blocks = side_vllm.Blocks(shape, name, size, memory)
+                    blocks = side_vllm.blocks_of(shape, name, size, memory)
                     call = blocks.writer(_slots(blocks.num_pages, size, batch, count), keys, values)
                     variants.append(Variant("vllm", name, call, nbytes, size))
         rows += timed({"case": "append", "shape": str(shape), "batch": batch, "tokens": count}, variants, None)

@@ -76,7 +76,7 @@ def _vllm_check(shape: Shape, name: str, block_size: int, reach: Reach) -> Check
     queries = _numbers(len(LENGTHS), shape.n_q_heads, shape.head_dim, seed=4).bfloat16()
     num_pages = sum(ceil_div(length, block_size) for length in LENGTHS)
     memory = torch.zeros(num_pages * block_size * shape.n_kv_heads * shape.head_dim * 4, dtype=torch.uint8)
-    blocks = side_vllm.Blocks(shape, name, block_size, memory)
+    blocks = side_vllm.blocks_of(shape, name, block_size, memory)
     slots = [
         row[torch.arange(length) // block_size].long() * block_size + torch.arange(length) % block_size
         for row, length in zip(tables, LENGTHS, strict=True)
@@ -143,7 +143,7 @@ class Pools:
         return Variant("kvcfg", name, call, point.batch * each * pages.page_bytes, page_size, order)
 
     def _vllm(self, name: str, block_size: int, order: str, point: Point, queries: Tensor, reach: Reach) -> Variant:
-        blocks = side_vllm.Blocks(self.shape, name, block_size, self.unscaled[name])
+        blocks = side_vllm.blocks_of(self.shape, name, block_size, self.unscaled[name])
         each = point.context // block_size
         tables = page_tables(blocks.num_pages, point.batch, each, order, columns=each, seed=block_size)
         call = blocks.reader(tables, queries, reach)

@@ -101,7 +101,7 @@ def _kvcfg(
 def _vllm(shape: Shape, name: str, size: int, queries: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> _Case:
     ids = _pages(len(keys), size)
     memory = torch.zeros(len(keys) * shape.n_kv_heads * shape.head_dim * 4, dtype=torch.uint8)
-    blocks = side_vllm.Blocks(shape, name, size, memory)
+    blocks = side_vllm.blocks_of(shape, name, size, memory)
     # Numbers that its format holds exactly, as in decode.
     exact = torch.float8_e4m3fn if name == "fp8" else torch.bfloat16
     keys, values = (item.to(exact).to(torch.bfloat16) for item in (keys, values))

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import torch
 from books import prepared_books
@@ -21,6 +20,7 @@ from candidates import Running
 from generation_answers import AnswerStore, blanks, markdown
 from generation_trials import Outcome, Trial, free_runs, passkeys
 from measuring import FLOAT32, LoadedModels, Task, identity
+from options import parsed
 
 from kvcfg.evaluation.passkey import ANSWER_TOKENS
 from kvcfg.integrations.loading import load_tokenizer
@@ -36,20 +36,9 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int, default=[1024, 2048, 4096], help="of texts with a key")
     parser.add_argument("--keys", type=int, default=4, help="at each of five depths, for every length")
     parser.add_argument("--batch", type=int, default=5, help="prompts at a time")
-    parser.add_argument("--pages", nargs="+", type=int, default=[64], help="page sizes")
-    parser.add_argument("--recipes", nargs="+", help="names of candidates, peers too; all of them unless given")
-    parser.add_argument("--books", type=Path, help="folder with the books as their packages have them")
-    parser.add_argument("--peers", type=Path, default=Path(".peers/quality"), help="the folder that setup.sh filled")
-    parser.add_argument("--results", type=Path, default=Path("results/generation.jsonl"), help="a file to add to")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--markdown", action="store_true", help="ask nothing, print the tables of what there is")
-    options = parser.parse_args()
+    options = parsed(parser, pages=[64], results="results/generation.jsonl")
     store = AnswerStore(options.results)
     if not options.markdown:
-        # Before transformers is imported, which looks for its backends then.
-        sys.path.append(str(options.peers.resolve()))
-        if options.threads:
-            torch.set_num_threads(options.threads)
         models = LoadedModels()
         for task, trials in asked(options):
             ask_all(task, trials, models, store)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcfg.attention import reference
 from kvcfg.attention.reach import Reach
 from kvcfg.cache.closing_step import ClosingStep
-from kvcfg.cache.view import LayerPages, LayerView
+from kvcfg.cache.view import LayerView
 from kvcfg.kernels.cpu.attend import QUERY_TYPES, attend_pages
 
 _log = logging.getLogger("kvcfg")
@@ -27,32 +27,28 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `kvcfg.attention.attend`; queries of other types than float32 and bfloat16 are computed in float32."""
-    closed, opened = view.pages, view.open_pages
-    if not closed.ints or (opened is not None and not opened.ints):
-        return _by_reference(queries, view, reach, scale, softcap, sinks)
-    taken = queries if queries.dtype in QUERY_TYPES else queries.to(torch.float32)
-    output = _by_kernel(
-        taken if taken.stride(-1) == 1 else taken.contiguous(), view, reach, scale, softcap, sinks, closed, opened
-    )
-    if output is None:
-        return _by_reference(queries, view, reach, scale, softcap, sinks)
-    return output if output.dtype == queries.dtype else output.to(queries.dtype)
+    output = attend_compiled(queries, view, reach, scale=scale, softcap=softcap, sinks=sinks)
+    return _by_reference(queries, view, reach, scale, softcap, sinks) if output is None else output
 
 
-def _by_kernel(
+def attend_compiled(
     queries: Tensor,
     view: LayerView,
     reach: Reach,
+    *,
     scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    closed: LayerPages,
-    opened: LayerPages | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | None:
+    """The same by the kernel alone; None where it has no code for these pages."""
+    closed, opened = view.pages, view.open_pages
+    if not closed.ints or (opened is not None and not opened.ints):
+        return None
+    taken = queries if queries.dtype in QUERY_TYPES else queries.to(torch.float32)
     step = view.step
     ring = step if isinstance(step, ClosingStep) else None
-    return attend_pages(
-        queries,
+    output = attend_pages(
+        taken if taken.stride(-1) == 1 else taken.contiguous(),
         reach.query_starts,
         reach.first,
         reach.stop,
@@ -70,6 +66,7 @@ def _by_kernel(
         scale,
         softcap or 0.0,
     )
+    return output if output is None or output.dtype == queries.dtype else output.to(queries.dtype)
 
 
 def _by_reference(

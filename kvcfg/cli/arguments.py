@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvcfg.cli.positions import placed
 from kvcfg.config.verbs import VERBS
 from kvcfg.errors import ConfigError, Problem, nearest, one_of
 
@@ -17,9 +18,13 @@ verbs
   plan       what a cache costs: bytes, pages, tokens, sequences, bounds on speed
   fit        what would make a workload fit; with quantization=auto the formats that suit each layer
   eval       what a cache loses and how fast it is, measured on a real model
-  bench      how fast a cache is
+  bench      how fast pages are read and written here, and a model decodes with the cache
   replay     what a prefix cache is worth on a trace of requests: hit rates by capacity
   calibrate  measure a model's keys on a text, for recipes that weigh them
+  export     the config as vllm, sglang, trtllm, max, lmcache or llamacpp take it, and what is lost on the way
+  import     an engine's command line or file as a config
+  diff       what differs between two configs, files or measured rows
+  rerun      measure a row again, and say whether its figures repeat
   fetch      bring a model's weights to this machine
 
 groups: cache, model, devices, quantization, speculative, workload, experiment
@@ -33,6 +38,9 @@ examples
   kvcfg eval cache.kv_cache_format=bfloat16,float8_e4m3fn,int8 -m
   kvcfg eval cache=int8 gate.max_kl=0.01                        exit code 1 if it loses more
   kvcfg replay workload.trace=requests.jsonl model=llama-3.1-8b devices=h100 cache=fp8,int8 -m
+  kvcfg export engine=vllm model=llama-3.1-8b devices=h100 quantization=fp8_unit out=vllm.yaml
+  kvcfg import "vllm serve meta-llama/Llama-3.1-8B-Instruct -tp 2 --kv-cache-dtype fp8" devices=h100x8
+  kvcfg diff cache=fp8 cache=int8 model=llama-3.1-8b devices=h100
 
 output=json prints JSON alone; --cfg job shows the composed config; -m is Hydra's --multirun."""
 
@@ -82,7 +90,8 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             words.append(word)
     if not words or words[0] == "help":
         return Arguments(None)
-    return Arguments(_verb(words[0]), tuple(words[1:]), is_sweep, config_dir, tuple(hydra_options))
+    verb = _verb(words[0])
+    return Arguments(verb, placed(verb, words[1:]), is_sweep, config_dir, tuple(hydra_options))
 
 
 def _value_of(option: str, rest: object) -> str:

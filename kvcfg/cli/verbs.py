@@ -56,13 +56,9 @@ def fetch_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
 
 
 def _bench_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
-    """`kvcfg bench`: time the cache of every point beside transformers' own; nothing is kept."""
-    from kvcfg.evaluation.bench import measure_speed, speed_table
+    from kvcfg.cli.benched import bench_all
 
-    if not arguments.is_sweep or _as_json(points):
-        return _answer(arguments, points, measure_speed)
-    print(speed_table([measure_speed(point.experiment) for point in points if point.experiment is not None]))
-    return 0
+    return bench_all(arguments, points)
 
 
 def _replay_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
@@ -89,6 +85,30 @@ def _evaluate_one(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     return evaluate_one(arguments, points)
 
 
+def _export_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    from kvcfg.cli.exported import export_points
+
+    return export_points(arguments, points)
+
+
+def _import_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    from kvcfg.cli.imported import import_source
+
+    return import_source(arguments, points)
+
+
+def _diff_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    from kvcfg.cli.diffed import diff_sides
+
+    return diff_sides(arguments, points)
+
+
+def _rerun_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
+    from kvcfg.cli.rerun import rerun_row
+
+    return rerun_row(arguments, points)
+
+
 RUNS: dict[str, Run] = {
     "plan": plan_all,
     "fit": fit_all,
@@ -97,6 +117,10 @@ RUNS: dict[str, Run] = {
     "bench": _bench_all,
     "replay": _replay_all,
     "calibrate": _calibrate_all,
+    "export": _export_all,
+    "import": _import_all,
+    "diff": _diff_all,
+    "rerun": _rerun_all,
 }
 """What the command line does with a whole grid."""
 

@@ -68,10 +68,20 @@ class EvalOptions(Config):
 
 
 class BenchOptions(Config):
-    """`kvcfg bench`: how fast a cache is."""
+    """`kvcfg bench`: how fast the kernels are on pages of the experiment's layers, and its cache under a real model."""
 
     output: Output = "table"
-    """What is printed: a table to read, or json alone."""
+    """What is printed: tables to read, or json alone."""
+
+    measure: Literal["auto", "kernels", "model"] = "auto"
+    """kernels = reading and writing pages, on random tokens; model = decode steps of the model, which is fetched;
+    auto = both, the model only if its weights are here."""
+
+    batch_size: int = Field(8, ge=1)
+    """Sequences of a decode step that kernels are timed on."""
+
+    context: int = Field(4096, ge=1)
+    """Tokens of each of them; no more than the model's context, or a layer's window, has."""
 
 
 class CalibrateOptions(Config):
@@ -133,6 +143,79 @@ class ReplayOptions(Config):
         return tuple(CacheSize.parse(value) for value in self.capacities)
 
 
+class ExportOptions(Config):
+    """`kvcfg export`: a config as an inference engine takes it."""
+
+    output: Output = "table"
+    """What is printed: a table to read, or json alone."""
+
+    engine: str = "all"
+    """vllm, sglang, trtllm, max, lmcache or llamacpp; all = a table of what each of them can say."""
+
+    version: str | None = None
+    """Version of the engine, like 26.4; its rules are followed. null = the newest that is known."""
+
+    out: str | None = None
+    """File that the engine's settings are written to. null = they are shown."""
+
+    scales: str | None = None
+    """Folder for calibrated static scales, in the form that vLLM and compressed-tensors read. null = not written."""
+
+
+class ImportOptions(Config):
+    """`kvcfg import`: an engine's settings as a config of kvcfg."""
+
+    output: Output = "table"
+    """What is printed: a table to read, or json alone."""
+
+    beside: tuple[str, ...] = ()
+    """Overrides for what it does not say, like the devices; the words behind the first."""
+
+    source: str | None = None
+    """A command line of an engine, in quotes, or a file that it reads; the first word behind the verb."""
+
+    engine: str | None = None
+    """vllm, sglang or max. null = the one that the command line or file looks like."""
+
+    version: str | None = None
+    """Version of the engine, like 26.4. null = the newest that is known."""
+
+    out: str | None = None
+    """Preset file that the config is written to. null = not written."""
+
+
+class DiffOptions(Config):
+    """`kvcfg diff`: what differs between two configs, in bytes, in what engines are told, and as measured."""
+
+    output: Output = "table"
+    """What is printed: a table to read, or json alone."""
+
+    a: str | None = None
+    """Overrides, a file, or the fingerprint of a row; the first word behind the verb."""
+
+    b: str | None = None
+    """The same for the other side; the second word."""
+
+    beside: tuple[str, ...] = ()
+    """Overrides for both sides; the words behind the second."""
+
+    results: str = RESULTS_FILE
+    """JSONL file of measured rows, in which fingerprints and figures are looked up."""
+
+
+class RerunOptions(Config):
+    """`kvcfg rerun`: a measured row once more."""
+
+    output: Output = "table"
+    """What is printed: a table to read, or json alone."""
+
+    fingerprint: str | None = None
+    """How the row's fingerprint begins; the word behind the verb."""
+
+    results: str = RESULTS_FILE
+    """JSONL file of measured rows; the new row is not added to it."""
+
+
 VERBS: dict[str, type[Config]] = {
     "plan": PlanOptions,
     "fit": FitOptions,
@@ -141,4 +224,8 @@ VERBS: dict[str, type[Config]] = {
     "replay": ReplayOptions,
     "calibrate": CalibrateOptions,
     "fetch": FetchOptions,
+    "export": ExportOptions,
+    "import": ImportOptions,
+    "diff": DiffOptions,
+    "rerun": RerunOptions,
 }

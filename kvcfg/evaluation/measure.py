@@ -19,7 +19,7 @@ from kvcfg.errors import ConfigError, Problem
 from kvcfg.evaluation.fingerprint import fingerprint
 from kvcfg.evaluation.progress import progress_bar
 from kvcfg.evaluation.quality import compare, noise_floor
-from kvcfg.evaluation.speed import decode_step_seconds, tokens_per_second
+from kvcfg.evaluation.speed import attention_of, decode_step_seconds, tokens_per_second
 from kvcfg.evaluation.text import text_sha, text_windows
 from kvcfg.integrations.calibration import load_calibration
 from kvcfg.integrations.calibration_files import calibration_path
@@ -91,6 +91,7 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         format=format_name,
         recipe="; ".join(map(str, recipes)),
+        attention=attention_of(model, pages),
         page_size=params.page_size,
         bytes_per_token_planned=params.bytes_per_token,
         bytes_per_token_allocated=pages.bytes_per_token,

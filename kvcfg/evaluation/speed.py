@@ -1,4 +1,4 @@
-"""How long a decode step takes with a cache, by the clock of this machine."""
+"""How long a decode step takes with a cache, by the clock of this machine, and what reads the cache in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import time
 from typing import Any
 
 import torch
+
+from kvcfg.cache.layout import page_layout
+from kvcfg.cache.paged import PagedKVCache
+from kvcfg.integrations.paged_attention import NAME
+from kvcfg.kernels.cpu.loader import load_kernel
+from kvcfg.params import KVCacheParams
 
 
 @torch.no_grad()
@@ -37,6 +43,25 @@ def decode_step_seconds(model: Any, cache: Any, first_token: int, num_tokens: in
 def tokens_per_second(step_seconds: list[float], batch_size: int = 1) -> float:
     """Tokens generated per second, by the median step."""
     return batch_size / statistics.median(step_seconds)
+
+
+def attention_of(model: Any, pages: PagedKVCache) -> str:
+    """What reads a cache under a model: kernels, gathered (the model's own attention over copies), or both.
+
+    Args:
+        model: a causal language model of transformers.
+        pages: its cache.
+    """
+    if model.config._attn_implementation != NAME or load_kernel("pages") is None:
+        return "gathered"
+    readers = ("kernels" if _is_read_in_place(group) else "gathered" for group in pages.params.params)
+    return "+".join(dict.fromkeys(readers))
+
+
+def _is_read_in_place(group: KVCacheParams) -> bool:
+    """Whether kernels read all pages of a layer group."""
+    stored = [group, group.open_pages] if group.closes_pages else [group]
+    return all(page_layout(item, item.head_dim if item.is_mla else None) is not None for item in stored)
 
 
 def _wait_for(device: torch.device) -> None:

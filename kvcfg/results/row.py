@@ -24,6 +24,10 @@ class ResultRow:
     there are more than three."""
     recipe: str
     """How pages are stored, in words."""
+    attention: str | None = None
+    """What read the cache: `kernels`, over pages where they lie, or `gathered`, the model's own attention over keys and
+    values that were copied out of them; both where kernels know the pages of some layers. None in rows of versions
+    that did not say."""
     page_size: int
     """Tokens of a page."""
     bytes_per_token_planned: float

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -162,3 +164,30 @@ def test_every_recipe_of_conf_is_a_candidate(quality: Script) -> None:
     candidates = quality("candidates").recipes("smollm2-135m", 64, 128)
     found = {item.name for item in candidates if item.kind == "recipe"}
     assert found == set(preset_values("quantization")) - {"default", "auto"}
+
+
+@pytest.fixture
+def parse(quality: Script, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The options that scripts take alike, from a command line; afterwards the path is as it was."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+
+    def run(*words: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["script", *words])
+        return quality("options").parsed(argparse.ArgumentParser(), pages=[64], results="results/x.jsonl")
+
+    return run
+
+
+def test_peers_can_be_imported_once_options_are_read(parse: Callable[..., Any], tmp_path: Path) -> None:
+    parse("--peers", str(tmp_path))
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_peers_are_left_alone_where_nothing_is_measured(parse: Callable[..., Any], tmp_path: Path) -> None:
+    parse("--peers", str(tmp_path), "--markdown")
+    assert str(tmp_path) not in sys.path
+
+
+def test_pages_and_results_are_the_scripts_own_unless_given(parse: Callable[..., Any]) -> None:
+    assert (parse().pages, str(parse().results)) == ([64], "results/x.jsonl")
+    assert parse("--pages", "16", "32").pages == [16, 32]

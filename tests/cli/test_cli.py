@@ -68,7 +68,7 @@ def test_no_verb_prints_the_help(tmp_path: Path) -> None:
 
 
 def test_model_without_weights_is_one_line_with_exit_code_2(tmp_path: Path) -> None:
-    done = kvcfg("bench", "model=tiny", "devices=cpu", folder=tmp_path)
+    done = kvcfg("bench", "measure=model", "model=tiny", "devices=cpu", folder=tmp_path)
     assert done.returncode == 2 and "no weights to run" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,18 @@ def test_job_measures_again_only_when_forced(
     points = grid(["cache.kv_cache_format=int8", f"force={force}"], config_name="eval")
     measured.evaluate_one(None, points)  # type: ignore[arg-type]
     assert measured_with == expected
+
+
+def test_row_says_what_read_the_cache(
+    tmp_path: Path,
+    save_model: Callable[[Path, int], Path],
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = [f"workload.text={text_file}", "workload.first_token=0", "workload.num_windows=1"]
+    few = ["workload.window_tokens=32", "workload.decode_tokens=2"]
+    model = [f"model.path={save_model(tmp_path / 'random', 2)}", "devices=cpu", *text, *few]
+    assert main(["eval", "model=hf", *model, "quantization=bits3", "output=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["attention"] == "gathered"

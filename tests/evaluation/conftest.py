@@ -56,6 +56,14 @@ def trace_of(tmp_path: Path) -> Callable[..., Trace]:
 
 
 @pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Caches are taken to be small, so that the pages that kernels are timed on are few; returns their bytes."""
+    for module in ("kernel_bench", "kernel_pages", "memory_reader"):
+        monkeypatch.setattr(f"kvcfg.evaluation.{module}.cold_bytes", lambda: 1 << 20)
+    return 1 << 20
+
+
+@pytest.fixture
 def sweep(tmp_path: Path, talks: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """Replays every point of a grid."""
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ import pytest
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SMALL = {
     "eval": ["workload.num_windows=1", "workload.window_tokens=64", "workload.decode_tokens=2"],
-    "bench": ["workload.window_tokens=64", "workload.decode_tokens=2"],
+    "bench": ["workload.window_tokens=64", "workload.decode_tokens=2", "batch_size=1", "context=64"],
 }
 
 

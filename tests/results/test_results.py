@@ -57,6 +57,16 @@ def test_row_comes_back_from_its_line_unchanged() -> None:
     assert ResultRow.from_json(row_of().to_json()) == row_of()
 
 
+def test_row_of_a_version_that_did_not_say_what_read_the_cache_is_read() -> None:
+    data = json.loads(row_of(attention="kernels").to_json())
+    del data["attention"]
+    assert ResultRow.from_json(json.dumps(data)).attention is None
+
+
+def test_table_is_the_same_whatever_read_the_cache() -> None:
+    assert render([row_of(attention="kernels")]) == render([row_of(attention="gathered")])
+
+
 def test_line_without_a_key_says_which() -> None:
     data = json.loads(row_of().to_json())
     del data["kl"]

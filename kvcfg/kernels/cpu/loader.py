@@ -31,12 +31,14 @@ from kvcfg.kernels.cpu.threads import share_threads
 _log = logging.getLogger("kvcfg")
 _lock = Lock()
 _loaded: dict[str, ctypes.CDLL | None] = {}
+_told: set[str] = set()
 
 
 def load_kernel(name: str) -> ctypes.CDLL | None:
     """The library of a kernel: `<name>.cpp`, or all of a folder `<name>`, beside this file.
 
-    $CXX names the compiler, g++ by default. None, with one notice in the log, if the library cannot be had.
+    $CXX names the compiler, g++ by default. None if the library cannot be had; what stands in the way
+    is said once in the log, however many kernels it concerns.
     """
     with _lock:
         if name not in _loaded:
@@ -44,8 +46,10 @@ def load_kernel(name: str) -> ctypes.CDLL | None:
                 _loaded[name] = library = _built_in(name) or _compiled_here(name)
                 share_threads(library)
             except BUILD_ERRORS as error:
-                _log.warning("kernel %s is not compiled, so the slower Python path is used: %s", name, reason(error))
                 _loaded[name] = None
+                if (why := reason(error)) not in _told:
+                    _told.add(why)
+                    _log.warning("kernels are not compiled, so slower Python paths are used: %s", why)
         return _loaded[name]
 
 

@@ -98,9 +98,17 @@ def test_without_a_compiler_the_reason_is_said_once(tmp_path: Path) -> None:
     out, err = run(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
     assert out == "none"
     assert err == (
-        "kernel hash_chain is not compiled, so the slower Python path is used: "
-        "no C++ compiler; install g++ or name one in CXX"
+        "kernels are not compiled, so slower Python paths are used: no C++ compiler; install g++ or name one in CXX"
     )
+
+
+def test_what_stands_in_the_way_of_several_kernels_is_said_once(
+    sources: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sources.parent / "single.cpp").write_text('extern "C" int single() { return 1; }\n')
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert [loader.load_kernel(name) for name in ("many", "single", "many")] == [None] * 3
+    assert len(caplog.messages) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(tmp_path: Path) -> None:
@@ -143,6 +151,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build, "HERE", tmp_path)
     monkeypatch.setattr(loader, "HERE", tmp_path)
     monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setattr(loader, "_told", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 
