@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from kvcfg.evaluation.replay import replay_trace
     from kvcfg.integrations.calibration import Calibration, load_calibration
     from kvcfg.integrations.loading import load
+    from kvcfg.integrations.logprobs import logprobs
+    from kvcfg.integrations.prefix_cache import PrefixCache, prefix_cache
+    from kvcfg.integrations.serving.engine import ServingEngine, serve
     from kvcfg.integrations.transformers import TransformersCache, build
     from kvcfg.results.row import ResultRow
 
@@ -74,8 +77,10 @@ __all__ = [
     "MultiKVCacheParams",
     "PagedKVCache",
     "Plan",
+    "PrefixCache",
     "Problem",
     "ResultRow",
+    "ServingEngine",
     "ShapeError",
     "SpeculativeConfig",
     "TransformersCache",
@@ -91,8 +96,11 @@ __all__ = [
     "grid",
     "load",
     "load_calibration",
+    "logprobs",
     "plan",
+    "prefix_cache",
     "replay_trace",
+    "serve",
     "validate",
 ]
 
@@ -101,7 +109,9 @@ _LOADED_ON_FIRST_USE = {
     "GridPoint": "kvcfg.composition",
     "KVCacheManager": "kvcfg.cache.manager",
     "PagedKVCache": "kvcfg.cache.paged",
+    "PrefixCache": "kvcfg.integrations.prefix_cache",
     "ResultRow": "kvcfg.results.row",
+    "ServingEngine": "kvcfg.integrations.serving.engine",
     "TransformersCache": "kvcfg.integrations.transformers",
     "build": "kvcfg.integrations.transformers",
     "build_manager": "kvcfg.cache.building",
@@ -109,7 +119,10 @@ _LOADED_ON_FIRST_USE = {
     "evaluate": "kvcfg.evaluation.measure",
     "load": "kvcfg.integrations.loading",
     "load_calibration": "kvcfg.integrations.calibration",
+    "logprobs": "kvcfg.integrations.logprobs",
+    "prefix_cache": "kvcfg.integrations.prefix_cache",
     "replay_trace": "kvcfg.evaluation.replay",
+    "serve": "kvcfg.integrations.serving.engine",
 }
 
 

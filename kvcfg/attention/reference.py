@@ -10,17 +10,29 @@ A sequence's tokens are gathered and decoded, and query head h reads KV head h /
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvcfg.attention.reach import Reach
-from kvcfg.cache.view import LayerView
+from kvcfg.cache.storage import KeysValues
+
+
+class SequenceTokens(Protocol):
+    """What this reads of a layer: a `LayerView`, or anything that has its tokens."""
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of a value."""
+
+    def tokens(self, sequence: int, first: int, stop: int, dtype: torch.dtype) -> KeysValues:
+        """Tokens `[first, stop)` of a sequence, decoded."""
 
 
 def attend(
     queries: Tensor,
-    view: LayerView,
+    view: SequenceTokens,
     reach: Reach,
     *,
     scale: float,

@@ -25,6 +25,7 @@ def build_manager(
     devices: Sequence[torch.device] | None = None,
     adapter: str | None = None,
     calibrated: Calibration | None = None,
+    overcommit: bool = False,
 ) -> KVCacheManager:
     """Allocate the planned cache of all replicas, with the prefix caching and eviction that the config asks for.
 
@@ -33,6 +34,8 @@ def build_manager(
         devices: one device per shard, replica after replica; None = those of the config.
         adapter: name or digest of the adapter that the model runs with; its pages are kept apart.
         calibrated: for recipes that need it, what `kvcfg.integrations.calibrated_layers.calibrated_groups` reads.
+        overcommit: build it with as many pages as there is memory for even if not all sequences can have their full
+            length at the same time: for callers that take pages away from some of them.
 
     Raises:
         ConfigError: if the recipe is none that was measured, and `quantization.experimental` is false.
@@ -41,34 +44,42 @@ def build_manager(
         ShapeError: if the recipe needs a calibration and got none.
     """
     planned = plan(experiment)
-    if not planned.fits:
+    if not planned.fits and not (overcommit and planned.num_pages):
         raise CapacityError(str(planned.shortfall))
     check_connector(experiment)
     check_recipe(experiment)
     if calibrated is None and any(needs_calibration(group.storage) for group in planned.resolution.params.params):
         what = "this recipe reads what kvcfg calibrate wrote"
         raise ShapeError(f"{what}: give calibrated=calibrated_groups(experiment, model)")
-    params, cache = planned.resolution.params, experiment.cache
-    hasher = PageHasher(
-        cache.kv_cache_hash_algo,
-        seed=bytes.fromhex(cache.kv_cache_hash_seed or ""),
-        namespace=namespace(experiment, adapter=adapter, calibration=_digest(calibrated)),
-    )
+    params = planned.resolution.params
     return KVCacheManager(
         params,
         num_pages=planned.num_pages,
         max_batch_size=planned.max_batch_size,
         max_seq_len=planned.max_seq_len,
         devices=[_torch_device(device) for device in params.devices] if devices is None else devices,
-        options=CacheOptions(
-            enable_prefix_caching=params.enable_prefix_caching,
-            hasher=hasher,
-            eviction=cache.eviction,
-            verify_prefix_tokens=cache.verify_prefix_tokens,
-            reuse_partial_pages=cache.reuse_partial_pages,
-            enable_dp_cross_replica_prefix_copy=cache.enable_dp_cross_replica_prefix_copy,
-        ),
+        options=cache_options(experiment, adapter=adapter, calibrated=calibrated),
         calibrated=calibrated,
+    )
+
+
+def cache_options(
+    experiment: ExperimentConfig, *, adapter: str | None = None, calibrated: Calibration | None = None
+) -> CacheOptions:
+    """What the `cache` group says of prefix caching and eviction; pages are named for this experiment alone."""
+    params, cache = experiment.to_params(), experiment.cache
+    hasher = PageHasher(
+        cache.kv_cache_hash_algo,
+        seed=bytes.fromhex(cache.kv_cache_hash_seed or ""),
+        namespace=namespace(experiment, adapter=adapter, calibration=_digest(calibrated)),
+    )
+    return CacheOptions(
+        enable_prefix_caching=params.enable_prefix_caching,
+        hasher=hasher,
+        eviction=cache.eviction,
+        verify_prefix_tokens=cache.verify_prefix_tokens,
+        reuse_partial_pages=cache.reuse_partial_pages,
+        enable_dp_cross_replica_prefix_copy=cache.enable_dp_cross_replica_prefix_copy,
     )
 
 

@@ -6,7 +6,7 @@ copied, states follow their sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +93,8 @@ class CacheReplica:
             hasher=options.hasher,
             eviction=options.eviction,
             verify_tokens=options.verify_prefix_tokens,
-            reuse_partial_pages=options.reuse_partial_pages,
+            # A sequence writes on in open pages, which a page that closed, read as it was stored, cannot fill.
+            reuse_partial_pages=options.reuse_partial_pages and not any(group.closes_pages for group in params.params),
             num_draft_tokens=params.num_draft_tokens,
             reads_first=True,
             bytes_for_pages=self._bytes_per_device,
@@ -120,14 +121,22 @@ class CacheReplica:
         stores = [store for store in (*self.storages, *self.states) if store is not None]
         return sum(store.nbytes for store in stores) + self.tables.nbytes
 
-    def claim(self, seq_id: SeqId, tokens: Iterable[int] | None, *, salt: bytes = b"", priority: int = 0) -> None:
+    def claim(
+        self,
+        seq_id: SeqId,
+        tokens: Iterable[int] | None,
+        *,
+        salt: bytes = b"",
+        names: Sequence[Hashable] | None = None,
+        priority: int = 0,
+    ) -> None:
         """Begin a sequence; see `PageLedger.claim`.
 
         Raises:
             CapacityError: if there are `max_batch_size` sequences already.
         """
         self._check_row()
-        self.ledger.claim(seq_id, tokens, salt=salt, priority=priority)
+        self.ledger.claim(seq_id, tokens, salt=salt, names=names, priority=priority)
         self._give_row(seq_id)
 
     def alloc(self, seq_id: SeqId, num_new_tokens: int, lookahead: int = 0) -> Allocation:
@@ -202,6 +211,10 @@ class CacheReplica:
         self.tables.clear(row)
         self._free_rows.append(row)
         self._befores.pop(seq_id, None)
+
+    def row(self, seq_id: SeqId) -> int:
+        """Row of a sequence in page tables, and the number of its ring of open pages."""
+        return self._rows[seq_id]
 
     def step_limit(self, seq_id: SeqId) -> int | None:
         """The most tokens of a sequence whose queries read the same bytes; None = any number. See `closing_step`."""
@@ -318,7 +331,11 @@ class CacheReplica:
             rows,
             starts,
             num_tokens,
-            [self.ledger.num_closed(seq_id) for seq_id in seq_ids],
+            # A step that begins with tokens which are stored and not committed finds the pages closed that they filled.
+            [
+                max(self.ledger.num_closed(seq_id), (start - group.num_draft_tokens) // group.page_size)
+                for seq_id, start in zip(seq_ids, starts, strict=True)
+            ],
             page_size=group.page_size,
             ring_pages=group.open_pages_per_sequence,
             horizon=group.num_draft_tokens,

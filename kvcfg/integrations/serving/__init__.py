@@ -1,0 +1,1 @@
+"""Continuous batching: requests of any lengths share every forward pass, over one pool of pages."""
