@@ -73,6 +73,7 @@ def append_tokens(
             f"keys and values must be [num_tokens, {heads}, {layout[KEY_DIM]}] and [num_tokens, {heads}, "
             f"{layout[VALUE_DIM]}] for these pages, got {list(keys.shape)} and {list(values.shape)}"
         )
+    slots, rows = slots.contiguous(), None if rows is None else rows.contiguous()
     num_slots = slots.shape[0]
     if num_slots != (num_tokens if rows is None else rows.shape[0]):
         raise ShapeError(f"{num_tokens if rows is None else len(rows)} tokens need a slot each, got {num_slots} slots")

@@ -140,6 +140,17 @@ def test_only_chosen_rows_are_stored_and_slots_below_0_store_nothing() -> None:
     assert not numbers.any()
 
 
+def test_slots_and_rows_that_are_every_other_number_of_a_tensor_are_read_as_such() -> None:
+    params = params_of(recipe_of("int8"))
+    layout = tuple(page_layout(params).ints())  # type: ignore[union-attr]
+    keys = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0))
+    arenas = torch.zeros(2, PAGES, params.bytes_per_layer_page, dtype=torch.uint8)
+    slots, rows = torch.tensor([4, -1, 9, -1]), torch.tensor([2, 0, 1, 0])
+    assert append_tokens(keys, keys, slots[::2], arenas[0], layout, rows[::2])
+    assert append_tokens(keys, keys, torch.tensor([4, 9]), arenas[1], layout, torch.tensor([2, 1]))
+    assert torch.equal(*arenas)
+
+
 def test_threads_store_what_one_does() -> None:
     recipe = recipe_of("int8", scale="float16", transform="hadamard")
     params = params_of(recipe, 8, 128)
