@@ -88,6 +88,16 @@ class ClosingStorage(PagedStorage):
         for layer in self._closed:
             layer[target] = layer[source]
 
+    def copy_open(self, tokens: Tensor, row: int, origin: ClosingStorage, origin_row: int) -> None:
+        """Copy open tokens at some positions `[n]` int64 of a row from another storage of the same group."""
+        size = self.params.page_size
+        slots, sources = (
+            place * storage.ring_pages * size + tokens % (storage.ring_pages * size)
+            for storage, place in ((self, row), (origin, origin_row))
+        )
+        for layer in range(self.params.num_layers):
+            self.opened.store(layer, [shard.pick(layer, sources) for shard in origin.opened.shards], slots)
+
     def close(self, row: int, pages: Sequence[int | None]) -> None:
         """Close a sequence's first pages in every layer, where they are not; None stands for one that is whole."""
         size = self.params.page_size

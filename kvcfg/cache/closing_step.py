@@ -97,7 +97,7 @@ def closing_step(
         horizon: tokens that may be taken back after the step.
     """
     past, open_slots, slots, stored = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-    closing, segments, ring, offset = list[Closing](), list[tuple[Segment, ...]](), ring_pages * page_size, 0
+    closing, runs, ring, offset = list[Closing](), list[tuple[Segment, ...]](), ring_pages * page_size, 0
     in_place = True
     for number, (row, start, count, before) in enumerate(zip(rows, starts, counts, closed, strict=True)):
         after = max(before, (start + count - horizon) // page_size)
@@ -108,8 +108,8 @@ def closing_step(
         kept = torch.arange(max(start, start + count - ring), start + count)
         slots.append(row * ring + kept % ring)
         stored.append(kept - start + offset)
-        segments.append(_segments(start, count, before, page_size, horizon))
-        in_place = in_place and len(segments[-1]) <= 1 and start + count - before * page_size <= ring
+        runs.append(segments(start, count, before, page_size, horizon))
+        in_place = in_place and len(runs[-1]) <= 1 and start + count - before * page_size <= ring
         offset += count
     whole = [before * page_size for before in closed]
     return ClosingStep(
@@ -121,7 +121,7 @@ def closing_step(
         open_slots=torch.cat(open_slots),
         opened=whole_spans([start - tokens for start, tokens in zip(starts, whole, strict=True)]),
         closing=tuple(closing),
-        segments=tuple(segments),
+        segments=tuple(runs),
         in_place=in_place,
         closed=torch.tensor(whole, dtype=torch.int32),
         open_rows=torch.tensor([row * ring_pages for row in rows], dtype=torch.int32),
@@ -142,10 +142,11 @@ def segment_from(position: int, closed: int, page_size: int, horizon: int) -> Se
     return Segment(position, (pages + 1) * page_size + horizon, pages * page_size)
 
 
-def _segments(start: int, count: int, closed: int, page_size: int, horizon: int) -> tuple[Segment, ...]:
-    segments, position, stop = list[Segment](), start, start + count
+def segments(start: int, count: int, closed: int, page_size: int, horizon: int) -> tuple[Segment, ...]:
+    """Runs of `count` queries from a position on that read the same pages closed; see `segment_from`."""
+    runs, position, stop = list[Segment](), start, start + count
     while position < stop:
-        segment = segment_from(position, closed, page_size, horizon)
-        segments.append(segment._replace(stop=min(stop, segment.stop)))
-        position = segment.stop
-    return tuple(segments)
+        run = segment_from(position, closed, page_size, horizon)
+        runs.append(run._replace(stop=min(stop, run.stop)))
+        position = run.stop
+    return tuple(runs)

@@ -2,10 +2,10 @@
 
     model.set_attn_implementation("kvcfg")        # "sdpa" again: keys and values are gathered, as for any cache
 
-A layer's `update` returns `PagedStates`, which know their pages, and masks are `LazyMask`, which know what they are
-made of; models pass both on. Where a layer asks for something else than causal attention, with or without a window or
-padding at the start, over pages that kernels read, both are made plain and the attention that the model has by default
-computes it.
+A layer's `update` returns states that know their pages (`paged_states.py`), and masks are `LazyMask`, which know what
+they are made of; models pass both on. A step that goes on over the end of a page that closes is stored and read piece
+by piece. Where a layer asks for something else than causal attention, with or without a window or padding at the start,
+over pages that kernels read, both are made plain and the attention that the model has by default computes it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvcfg.attention import Reach, attend, causal
-from kvcfg.cache.paged import PagedKVCache
-from kvcfg.cache.storage import KeysValues
-from kvcfg.cache.view import LayerView
+from kvcfg.integrations.latent_attention import LatentStates, absorbs, attend_latents
 from kvcfg.integrations.lazy_tensors import LazyTensor
+from kvcfg.integrations.paged_states import NewStates, PagedStates, UnstoredStates
+from kvcfg.integrations.serving.packed_states import PackedStates
+from kvcfg.integrations.untraced import untraced
 from kvcfg.kernels.cpu.attend import QUERY_TYPES
 from kvcfg.kernels.cpu.loader import load_kernel
 
@@ -33,59 +35,6 @@ _log = logging.getLogger("kvcfg")
 
 NAME = "kvcfg"
 """What transformers calls this attention."""
-
-
-class PagedStates(LazyTensor):
-    """Keys or values `[batch_size, n_kv_heads, num_tokens, dim]` of a layer, in its pages until they are touched.
-
-    Attributes:
-        pages: what the step's queries may read, until the layer's next tokens are stored.
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pages: LayerView, gathered: _Gathered
-    ) -> None:
-        self.pages = pages
-        self._gathered = gathered
-
-    @classmethod
-    def pair(cls, cache: PagedKVCache, pages: LayerView, num_tokens: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer.
-
-        Args:
-            cache: whose pages they are.
-            pages: of the layer.
-            num_tokens: what the step's queries may read of each sequence.
-            keys: the new keys, for dtype and sizes.
-        """
-        gathered = _Gathered(cache, pages, keys.dtype)
-        batch_size, n_kv_heads, _, head_dim = keys.shape
-        kind = (keys.dtype, keys.device, pages, gathered)
-        return (
-            _Keys((batch_size, n_kv_heads, num_tokens, head_dim), *kind),
-            _Values((batch_size, n_kv_heads, num_tokens, pages.value_dim), *kind),
-        )
-
-
-class _Keys(PagedStates):
-    def read(self) -> Tensor:
-        return self._gathered.states.keys
-
-
-class _Values(PagedStates):
-    def read(self) -> Tensor:
-        return self._gathered.states.values
-
-
-class _Gathered:
-    """What a layer's queries may read, gathered once for keys and values."""
-
-    def __init__(self, cache: PagedKVCache, pages: LayerView, dtype: torch.dtype) -> None:
-        self._cache, self._pages, self._dtype = cache, pages, dtype
-
-    @cached_property
-    def states(self) -> KeysValues:
-        return self._cache.read(self._pages, self._dtype)
 
 
 class LazyMask(LazyTensor):
@@ -100,10 +49,26 @@ class LazyMask(LazyTensor):
     ) -> None:
         self.window: int | None = made_of.get("local_size")
         self._made_of = made_of
+        self._pieces: dict[int, LazyMask] = {}
 
     def read(self) -> Tensor:
         """True where a query sees a token."""
         return self._mask
+
+    def of_queries(self, span: slice) -> LazyMask:
+        """The mask of some queries in a row over the tokens up to their last one; made once for all layers."""
+        if span.start not in self._pieces:
+            padding, start = self._made_of["attention_mask"], self._made_of["q_offset"]
+            stop = start + span.stop
+            shape = (self.shape[0], 1, span.stop - span.start, stop)
+            changes = {
+                "q_length": shape[2],
+                "q_offset": start + span.start,
+                "kv_length": stop,
+                "attention_mask": None if padding is None else padding[:, :stop],
+            }
+            self._pieces[span.start] = LazyMask(shape, self.dtype, self.device, {**self._made_of, **changes})
+        return self._pieces[span.start]
 
     @cached_property
     def skippable(self) -> Tensor | None:
@@ -147,10 +112,11 @@ def _say_once() -> None:
     )
 
 
+@untraced
 def paged_mask(**made_of: Any) -> Tensor | None:
     """What transformers calls to make a mask: see `sdpa_mask` there for the arguments."""
     # Transformers forbids the shortcut of a causal mask where the mask is another one.
-    if not made_of.get("allow_is_causal_skip", True) or torch.compiler.is_compiling():
+    if not made_of.get("allow_is_causal_skip", True):
         mask: Tensor | None = sdpa_mask(**{**made_of, "allow_is_causal_skip": False})
         return mask
     # A static cache counts on in the very tensor that says where queries begin.
@@ -159,6 +125,7 @@ def paged_mask(**made_of: Any) -> Tensor | None:
     return LazyMask(shape, torch.bool, torch.device(made_of["device"]), made_of)
 
 
+@untraced
 def paged_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -175,20 +142,28 @@ def paged_attention(
     Returns:
         `[batch_size, num_queries, n_q_heads, value_dim]`; and weights where the attention that computes it has them.
     """
+    if isinstance(key, PackedStates):
+        return key.attended(query, settings), None
+    if isinstance(key, UnstoredStates | LatentStates) and key.unstored is not None:
+        return _piece_by_piece(module, query, key.unstored, attention_mask, settings)
     if (
-        isinstance(key, PagedStates)
+        isinstance(key, PagedStates | LatentStates)
         and isinstance(attention_mask, LazyMask)
         and attention_mask.shape[2:] == (query.shape[2], key.shape[2])
         and _causal_alone(module, query, attention_mask, settings)
-        and _readable(key.pages)
+        and _readable(key, module, query)
         and (reach := attention_mask.reach) is not None
     ):
+        assert key.pages is not None
         scale = settings.get("scaling")
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        if isinstance(key, LatentStates):
+            return attend_latents(module, query, key.pages, reach, scale), None
         output = attend(
             query.transpose(1, 2).flatten(0, 1),
             key.pages,
             reach,
-            scale=query.shape[3] ** -0.5 if scale is None else scale,
+            scale=scale,
             softcap=settings.get("softcap"),
             sinks=settings.get("s_aux"),
         )
@@ -217,9 +192,39 @@ def _causal_alone(module: Any, query: Tensor, mask: LazyMask, settings: dict[str
     )
 
 
-def _readable(pages: LayerView) -> bool:
+def _readable(states: PagedStates | LatentStates, module: Any, query: Tensor) -> bool:
+    """Whether kernels read the pages, and a latent's layer is one that need not expand it."""
+    pages = states.pages
+    if pages is None or pages.pages.layout is None:
+        return False
     opened = pages.open_pages
-    return pages.pages.layout is not None and (opened is None or opened.layout is not None)
+    return (opened is None or opened.layout is not None) and (isinstance(states, PagedStates) or absorbs(module, query))
+
+
+def _piece_by_piece(
+    module: Any, query: Tensor, new: NewStates, mask: Tensor | None, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Store a step run after run of queries that read the same bytes; each attends before the next is stored."""
+    outputs, weights, num_tokens = list[Tensor](), list[Tensor](), 0
+    for span, keys, values in new.store_in_pieces():
+        num_tokens = keys.shape[2]
+        seen = mask.of_queries(span) if isinstance(mask, LazyMask) else _queries_of(mask, span, num_tokens)
+        if new.has_latents:
+            keys, values = module.expand_kv(keys, values)
+        output, given = paged_attention(module, query[:, :, span], keys, values, seen, **settings)
+        outputs.append(output)
+        weights += [] if given is None else [given]
+    # Weights of tokens that a run's queries do not see yet are 0.
+    whole = [pad(given, (0, num_tokens - given.shape[3])) for given in weights]
+    return torch.cat(outputs, dim=1), torch.cat(whole, dim=2) if whole else None
+
+
+def _queries_of(mask: Tensor | None, span: slice, num_tokens: int) -> Tensor:
+    """The mask of some queries in a row over the first tokens; None stands for a causal one."""
+    if mask is not None:
+        return mask[:, :, span, :num_tokens]
+    num_queries = span.stop - span.start
+    return torch.ones(1, 1, num_queries, num_tokens, dtype=torch.bool).tril(num_tokens - num_queries)
 
 
 def _over_gathered(

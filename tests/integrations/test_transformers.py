@@ -1,4 +1,4 @@
-"""The paged cache inside transformers: token for token what DynamicCache gives, on real architectures."""
+"""The paged cache built for models of transformers; what `generate()` asks of it is in `cache_contract/`."""
 
 from __future__ import annotations
 
@@ -60,30 +60,6 @@ def prompts(batch_size: int = 2, num_tokens: int = 19) -> torch.Tensor:
     return torch.randint(1, 97, (batch_size, num_tokens), generator=torch.Generator().manual_seed(3))
 
 
-def generate(model: Any, cache: Any, **options: Any) -> torch.Tensor:
-    torch.manual_seed(5)
-    inputs = {"input_ids": prompts(), "attention_mask": torch.ones(2, 19, dtype=torch.long), **options}
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=20, min_new_tokens=20)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 10}], ids=["greedy", "sampled"])
-def test_generate_gives_the_tokens_of_dynamic_cache(family: str, options: dict[str, Any], tmp_path: Any) -> None:
-    model, experiment = model_of(family, tmp_path)
-    expected = generate(model, transformers.DynamicCache(config=model.config), **options)
-    assert torch.equal(generate(model, TransformersCache(kvcfg.build(experiment, model)), **options), expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_left_padded_batches_give_the_tokens_of_dynamic_cache(family: str, tmp_path: Any) -> None:
-    model, experiment = model_of(family, tmp_path)
-    mask = torch.ones(2, 19, dtype=torch.long)
-    mask[0, :8] = 0
-    options = {"attention_mask": mask, "do_sample": False}
-    expected = generate(model, transformers.DynamicCache(config=model.config), **options)
-    assert torch.equal(generate(model, TransformersCache(kvcfg.build(experiment, model)), **options), expected)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", ["cache.kv_cache_format=int8", "cache.kv_cache_format=float8_e4m3fn"])
 @torch.no_grad()
@@ -106,47 +82,6 @@ def test_quantized_cache_changes_the_logits_a_little(tmp_path: Any) -> None:
         pages = kvcfg.build(experiment_of(tmp_path, "cache.kv_cache_format=int8"), model)
         stored = model(prompts(), past_key_values=TransformersCache(pages), use_cache=True).logits
     assert 0 < (exact - stored).abs().max() < 0.1 * exact.abs().max()
-
-
-def test_prompt_continues_from_a_cropped_cache(tmp_path: Any) -> None:
-    model, experiment = model_of("llama", tmp_path)
-    cache = TransformersCache(kvcfg.build(experiment, model))
-    tokens = prompts()
-    with torch.no_grad():
-        model(tokens, past_key_values=cache, use_cache=True)
-        cache.crop(-7)
-        assert cache.get_seq_length() == 12
-        again = model(tokens[:, 12:], past_key_values=cache, use_cache=True).logits
-        expected = model(tokens, use_cache=False).logits[:, 12:]
-    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_reset_makes_room_for_another_batch(tmp_path: Any) -> None:
-    model, experiment = model_of("llama", tmp_path)
-    cache = TransformersCache(kvcfg.build(experiment, model))
-    with torch.no_grad():
-        model(prompts(2), past_key_values=cache, use_cache=True)
-        cache.reset()
-        read = model(prompts(4), past_key_values=cache, use_cache=True).logits
-        torch.testing.assert_close(read, model(prompts(4), use_cache=False).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_positive_crop_is_refused(tmp_path: Any) -> None:
-    model, experiment = model_of("llama", tmp_path)
-    with pytest.raises(ValueError, match="negative"):
-        TransformersCache(kvcfg.build(experiment, model)).crop(3)
-
-
-def test_gradients_are_refused_with_the_way_out(tmp_path: Any) -> None:
-    model, experiment = model_of("llama", tmp_path)
-    with pytest.raises(ShapeError, match=r"torch\.no_grad"):
-        model(prompts(), past_key_values=TransformersCache(kvcfg.build(experiment, model)), use_cache=True)
-
-
-def test_beam_search_is_refused_in_words(tmp_path: Any) -> None:
-    model, experiment = model_of("llama", tmp_path)
-    with pytest.raises(NotImplementedError, match="num_beams=1"):
-        generate(model, TransformersCache(kvcfg.build(experiment, model)), num_beams=2)
 
 
 def test_another_model_than_the_config_is_refused(tmp_path: Any) -> None:
