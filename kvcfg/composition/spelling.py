@@ -27,15 +27,15 @@ def _differences(start: Mapping[str, Any], end: Mapping[str, Any], path: str = "
         if isinstance(value, Mapping):
             yield from _differences(before if isinstance(before, Mapping) else {}, value, f"{path}{key}.")
         elif value != before:
-            yield f"{path}{key}={_quoted(value)}"
+            yield f"{path}{key}={quoted(value)}"
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value as an override spells it, with quotes where the grammar needs them."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_quoted(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{quoted(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_quoted, value)) + "]"
+        return "[" + ",".join(map(quoted, value)) + "]"
     if not isinstance(value, str) or re.fullmatch(r"[A-Za-z_/][\w/.@+-]*", value):
         return show(value)
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)

@@ -14,7 +14,7 @@ MODULES = sorted((ROOT / "kvcfg").rglob("*.py"))
 LAYERS = (
     {"kvcfg.cli", "kvcfg.scripts", "kvcfg.__main__", "kvcfg"},
     {"kvcfg.evaluation"},
-    {"kvcfg.results", "kvcfg.integrations"},
+    {"kvcfg.results", "kvcfg.exporters", "kvcfg.importers", "kvcfg.integrations"},
     {"kvcfg.attention"},
     {"kvcfg.cache"},
     {"kvcfg.formats.*", "kvcfg.kernels"},
