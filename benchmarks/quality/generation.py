@@ -18,11 +18,10 @@ import torch
 from books import prepared_books
 from candidates import Running
 from generation_answers import AnswerStore, blanks, markdown
-from generation_trials import Outcome, Trial, free_runs, passkeys
+from generation_trials import NEEDLE, Outcome, Trial, free_runs, passkeys
 from measuring import FLOAT32, LoadedModels, Task, identity
 from options import parsed
 
-from kvcfg.evaluation.passkey import ANSWER_TOKENS
 from kvcfg.integrations.loading import load_tokenizer
 
 
@@ -61,7 +60,7 @@ def asked(options: argparse.Namespace) -> list[tuple[Task, list[Trial]]]:
         trials = free_runs(prompts, options.new_tokens, options.batch)
         batches.append((sized(options.prompt_tokens, options.new_tokens), trials))
     for length in options.lengths:
-        task = sized(length, ANSWER_TOKENS)
+        task = sized(length, NEEDLE.answer_tokens)
         trials = passkeys(load_tokenizer(task.experiment()), length, options.keys, options.batch)
         batches.append((task, trials))
     return batches

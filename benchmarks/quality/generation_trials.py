@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -11,8 +12,12 @@ from candidates import Running
 from torch import Tensor
 
 from kvcfg.evaluation.free_running import Choices, continuation, first_divergence
-from kvcfg.evaluation.passkey import ANSWER_TOKENS, PasskeyPrompt, Retrieval, passkey_prompts, retrieve
 from kvcfg.evaluation.quality import full_precision
+from kvcfg.evaluation.retrieval.answers import Retrieval, retrieve
+from kvcfg.evaluation.retrieval.prompts import RetrievalPrompt
+from kvcfg.evaluation.retrieval.tasks import DEPTHS, TASKS, retrieval_prompts
+
+NEEDLE = TASKS["needle"]
 
 Outcome = dict[str, float]
 """Figures of one prompt."""
@@ -59,9 +64,9 @@ class Passkeys:
     """Find the keys in texts of one length."""
 
     task: ClassVar[str] = "passkey"
-    asked: Sequence[PasskeyPrompt]
+    asked: Sequence[RetrievalPrompt]
     tokenizer: Any
-    new_tokens: int = ANSWER_TOKENS
+    new_tokens: int = NEEDLE.answer_tokens
 
     @property
     def prompts(self) -> Tensor:
@@ -76,16 +81,25 @@ class Passkeys:
         """Whether each key was found and the share of its digits, beside those in full precision."""
         got = self._answers(running.model, running)
         columns = {
-            "exact": got.exact,
-            "digits": got.digits,
-            "exact_reference": reference.exact,
-            "digits_reference": reference.digits,
+            "exact": (got.right == 1).tolist(),
+            "digits": self._digits(got),
+            "exact_reference": (reference.right == 1).tolist(),
+            "digits_reference": self._digits(reference),
         }
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        rows = zip(*columns.values(), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in rows]
 
     def _answers(self, model: Any, cache: Any) -> Retrieval:
-        return retrieve(model, self.tokenizer, self.asked, cache, batch_size=len(self.asked))
+        return retrieve(model, self.tokenizer, NEEDLE, self.asked, cache, batch_size=len(self.asked))
+
+    def _digits(self, got: Retrieval) -> list[float]:
+        return [digits_right(reply, item.answers[0]) for reply, item in zip(got.replies, self.asked, strict=True)]
+
+
+def digits_right(reply: str, key: str) -> float:
+    """Share of a key's digits that stand in their place in the first number of a reply; a tenth by guessing."""
+    found = re.search(NEEDLE.item, reply)
+    return sum(a == b for a, b in zip(found.group() if found else "", key, strict=False)) / len(key)
 
 
 def free_runs(prompts: Tensor, new_tokens: int, batch_size: int) -> list[Trial]:
@@ -95,5 +109,5 @@ def free_runs(prompts: Tensor, new_tokens: int, batch_size: int) -> list[Trial]:
 
 def passkeys(tokenizer: Any, length: int, num_keys: int, batch_size: int) -> list[Trial]:
     """Prompts of one length in batches, so many of every depth."""
-    asked = passkey_prompts(tokenizer, length, num_keys=num_keys)
+    asked = retrieval_prompts("needle", tokenizer, length, num_keys * len(DEPTHS))
     return [Passkeys(asked[first : first + batch_size], tokenizer) for first in range(0, len(asked), batch_size)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from parts import PartStore
 from rows import Row, rows_of
 
-from kvcfg.evaluation.replay_plot import check_plot
+from kvcfg.evaluation.plot_files import check_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

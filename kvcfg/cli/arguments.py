@@ -21,7 +21,7 @@ verbs
   bench      how fast pages are read and written here, and a model decodes with the cache
   replay     what a prefix cache is worth on a trace of requests: hit rates by capacity
   calibrate  measure a model's keys on a text, for recipes that weigh them
-  export     the config as vllm, sglang, trtllm, max, lmcache or llamacpp take it, and what is lost on the way
+  export     the config as an engine takes it (vllm, sglang, trtllm, max, …), and what is lost
   import     an engine's command line or file as a config
   diff       what differs between two configs, files or measured rows
   rerun      measure a row again, and say whether its figures repeat
@@ -35,12 +35,9 @@ examples
   kvcfg plan model=qwen3-8b,llama-3.1-8b cache=fp8,int8 -m      every combination, one table
   kvcfg fit model=llama-3.1-8b devices=rtx4090 workload=rag
   kvcfg fit quantization=auto gate.max_kl=0.005                 formats of each layer, measured
-  kvcfg eval cache.kv_cache_format=bfloat16,float8_e4m3fn,int8 -m
   kvcfg eval cache=int8 gate.max_kl=0.01                        exit code 1 if it loses more
-  kvcfg replay workload.trace=requests.jsonl model=llama-3.1-8b devices=h100 cache=fp8,int8 -m
   kvcfg export engine=vllm model=llama-3.1-8b devices=h100 quantization=fp8_unit out=vllm.yaml
-  kvcfg import "vllm serve meta-llama/Llama-3.1-8B-Instruct -tp 2 --kv-cache-dtype fp8" devices=h100x8
-  kvcfg diff cache=fp8 cache=int8 model=llama-3.1-8b devices=h100
+  kvcfg diff cache=fp8 "vllm serve MODEL --kv-cache-dtype fp8" devices=h100
 
 output=json prints JSON alone; --cfg job shows the composed config; -m is Hydra's --multirun."""
 

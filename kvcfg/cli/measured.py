@@ -9,12 +9,15 @@ from pathlib import Path
 
 from kvcfg.cli.arguments import Arguments
 from kvcfg.composition.points import GridPoint
-from kvcfg.config.verbs import GateOptions
-from kvcfg.errors import ConfigError, GateError, Problem
+from kvcfg.config.verbs import EvalOptions, GateOptions
+from kvcfg.errors import ConfigError, GateError, Problem, show
 from kvcfg.evaluation.fingerprint import fingerprint
+from kvcfg.evaluation.heat_map import draw_stored_errors
+from kvcfg.evaluation.plot_files import check_plot
 from kvcfg.results.row import ResultRow
 from kvcfg.results.store import ResultStore
 from kvcfg.results.table import render
+from kvcfg.results.task_table import render_tasks
 
 
 def evaluate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
@@ -22,19 +25,27 @@ def evaluate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     options = points[0].options
     names = [_fingerprint(point) for point in points]
     baseline = _baseline(options.gate)
+    _check_one_request(points)
+    if options.plot is not None:
+        check_plot(options.plot)
     store = ResultStore(options.results)
-    if options.force or not names_in(store, names):
+    before = store.rows()
+    if options.force or not all(_is_finished(before.get(name), options) for name in names):
         from kvcfg.cli.hydra_app import run_app
 
         if (code := run_app(arguments)) != 0:
             return code
     rows = store.rows()
-    found = [rows[name] for name in names if name in rows]
+    found = [rows[name] for name in names if _is_finished(rows.get(name), options)]
     if options.output == "json":
         data = [json.loads(row.to_json()) for row in found]
         print(json.dumps(data if arguments.is_sweep else data[0]))
     elif found:
         print(render(found))
+        if options.tasks:
+            print(f"\n{render_tasks(found, options.tasks)}")
+    if options.plot is not None and found:
+        draw_stored_errors(found, options.plot)
     refused = [reason for row in found if (reason := _refusal(row, options.gate, baseline)) is not None]
     failed = len(names) - len(found)
     if failed:
@@ -48,19 +59,36 @@ def evaluate_one(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     """One job of `kvcfg eval`: add the row of one point, unless there is one."""
     point, options = points[0], points[0].options
     store = ResultStore(options.results)
-    if options.force or store.find(_fingerprint(point)) is None:
+    if options.force or not _is_finished(store.find(_fingerprint(point)), options):
         from kvcfg.evaluation.measure import evaluate
+        from kvcfg.evaluation.retrieval.request import RetrievalRequest
 
         assert point.experiment is not None
         own = type(options).model_fields
         overrides = [item for item in point.overrides if item.partition("=")[0].split(".")[0] not in own]
-        store.append(evaluate(point.experiment, overrides=overrides))
+        retrieval = RetrievalRequest(options.tasks or (), options.task_tokens, options.task_prompts)
+        store.append(
+            evaluate(point.experiment, overrides=overrides, retrieval=retrieval, by_head=options.plot is not None)
+        )
     return 0
 
 
-def names_in(store: ResultStore, names: Sequence[str]) -> bool:
-    """Whether every fingerprint has a row."""
-    return set(names) <= set(store.rows())
+def _is_finished(row: ResultRow | None, options: EvalOptions) -> bool:
+    """Whether there is a row that has all that is asked for: tasks of the same length and number, figures to plot."""
+    asked = (options.task_prompts, options.task_tokens)
+    scores = [((row and row.tasks) or {}).get(name) for name in options.tasks or ()]
+    if row is None or (options.plot is not None and row.stored_error is None):
+        return False
+    return all(score is not None and (score.num_prompts, score.prompt_tokens) == asked for score in scores)
+
+
+def _check_one_request(points: Sequence[GridPoint]) -> None:
+    """Of two rows of one cache the later counts, so points of a sweep may not ask other tasks of the same one."""
+    for key in ("tasks", "task_tokens", "task_prompts"):
+        values = list(dict.fromkeys(getattr(point.options, key) for point in points))
+        if len(values) > 1:
+            rule = "must be the same at all points of a sweep; run one after the other, with a results=FILE.jsonl each"
+            raise ConfigError(Problem(key, rule, ..., f"{key}={show(values[0])}"))
 
 
 def _fingerprint(point: GridPoint) -> str:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 from kvcfg.cli.arguments import Arguments
 from kvcfg.composition.points import GridPoint
 from kvcfg.errors import ConfigError, Problem
+from kvcfg.evaluation.plot_files import check_plot
 from kvcfg.evaluation.progress import progress_bar
 from kvcfg.evaluation.replay import TraceReplayer, read_trace
 from kvcfg.evaluation.replay_job import ReplayJob, prepare
-from kvcfg.evaluation.replay_plot import check_plot, draw_replays
+from kvcfg.evaluation.replay_plot import draw_replays
 from kvcfg.evaluation.replay_text import replay_table
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from kvcfg.config.base import Config, refuse
 from kvcfg.config.cache_sizes import CacheSize
+from kvcfg.config.retrieval_tasks import unknown_task
 from kvcfg.errors import Problem
 
 Output = Literal["table", "json"]
@@ -63,8 +64,28 @@ class EvalOptions(Config):
     force: bool = False
     """Measure again although a finished row exists."""
 
+    tasks: tuple[str, ...] | None = None
+    """Retrieval tasks to ask beside it: needle, multi_key, multi_value, variables, frequent_words. null = none."""
+
+    task_tokens: int = Field(1024, ge=1)
+    """Tokens of every prompt of a task."""
+
+    task_prompts: int = Field(8, ge=1)
+    """Prompts of every task."""
+
+    plot: str | None = None
+    """Heat map of what storing does to keys and values, by layer and head: FILE.png, FILE.svg or FILE.pdf. null =
+    none."""
+
     gate: GateOptions = Field(default_factory=GateOptions)
     """Limits for use in CI."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_are_known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if problem := unknown_task(names or ()):
+            refuse(problem)
+        return names
 
 
 class BenchOptions(Config):

@@ -19,7 +19,9 @@ from kvcfg.errors import ConfigError, Problem
 from kvcfg.evaluation.fingerprint import fingerprint
 from kvcfg.evaluation.progress import progress_bar
 from kvcfg.evaluation.quality import compare, noise_floor
-from kvcfg.evaluation.speed import attention_of, decode_step_seconds, tokens_per_second
+from kvcfg.evaluation.retrieval.request import RetrievalRequest, task_scores
+from kvcfg.evaluation.speed import attention_of, decode_step_seconds, first_token_seconds, tokens_per_second
+from kvcfg.evaluation.storing import stored_error
 from kvcfg.evaluation.text import text_sha, text_windows
 from kvcfg.integrations.calibration import load_calibration
 from kvcfg.integrations.calibration_files import calibration_path
@@ -37,7 +39,14 @@ _NAMED_FORMATS = 3
 _LIBRARIES = ("torch", "transformers", "hydra-core", "omegaconf", "pydantic")
 
 
-def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequence[str] | None = None) -> ResultRow:
+def evaluate(
+    experiment: ExperimentConfig,
+    model: Any = None,
+    *,
+    overrides: Sequence[str] | None = None,
+    retrieval: RetrievalRequest | None = None,
+    by_head: bool = False,
+) -> ResultRow:
     """Run a model over a text with the experiment's cache and with a full-precision one, and compare.
 
     Args:
@@ -45,17 +54,22 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         model: a causal language model of transformers, for example one that is being trained; None loads the
             experiment's own.
         overrides: what the experiment was composed from, for the row; None derives it.
+        retrieval: tasks to ask beside it; None asks none.
+        by_head: also say what storing does to the keys and values of each layer and head.
 
     Raises:
-        ConfigError: if the text or the model's context is too short for the windows.
+        ConfigError: if the text or the model's context is too short for the windows, or for the tasks' prompts.
         ShapeError: if the model's layers are not those of the config.
         BackendUnavailable, CapacityError: as `load` and `build`.
     """
     if model is None:
         model = load(experiment).model
     workload = experiment.workload
-    windows = text_windows(workload, load_tokenizer(experiment))
-    pages = build(sized_to_windows(experiment), model)
+    tokenizer = load_tokenizer(experiment)
+    windows = text_windows(workload, tokenizer)
+    retrieval = retrieval or RetrievalRequest(())
+    asked = retrieval.prompts(tokenizer, experiment.model.max_seq_len)
+    pages = build(sized_to_windows(experiment, retrieval.num_tokens), model)
 
     def candidate(batch_size: int) -> TransformersCache:
         pages.release()
@@ -68,15 +82,18 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
     names = list(dict.fromkeys(recipe.format_name for recipe in recipes))
     format_name = "+".join(names) if len(names) <= _NAMED_FORMATS else f"{len(names)} formats"
     title = f"{format_name} on {experiment.model.name}, pages of {params.page_size}"
-    with evaluating(model), progress_bar(title, workload.num_windows + 2) as step_done:
+    with evaluating(model), progress_bar(title, workload.num_windows + 2 + len(asked)) as step_done:
         agreement = compare(model, windows, candidate, step_done)
         held = pages.bytes_in_use
         floor = noise_floor(model, windows[0])
         step_done()
         clip_rate = pages.clip_rate
         last_token = int(windows[-1, -1])
+        first_token = first_token_seconds(model, candidate(1), windows[-1])
         seconds = decode_step_seconds(model, TransformersCache(pages), last_token, workload.decode_tokens)
         step_done()
+        tasks = task_scores(model, tokenizer, asked, candidate, step_done) if asked else None
+        error = stored_error(model, windows[0], candidate(1)) if by_head else None
     if clip_rate > 0:
         _log.warning(
             "%s on %s: %.2g%% of the numbers were cut off, since scales do not follow them. Try: quantization=fp8",
@@ -103,10 +120,15 @@ def evaluate(experiment: ExperimentConfig, model: Any = None, *, overrides: Sequ
         kl=agreement.kl.mean().item(),
         kl_ci=agreement.kl_interval(),
         kl_p99=agreement.kl.quantile(0.99).item(),
+        kl_by_depth=agreement.kl_by_depth(workload.num_windows),
         noise_floor=floor,
         top1=agreement.same_top1.double().mean().item(),
         clip_rate=clip_rate,
         experimental=not all(is_measured(group.storage) for group in params.params if group.grows),
+        first_token_ms=1000 * first_token,
+        peak_cache_bytes=held,
+        tasks=tasks,
+        stored_error=error,
         decode_tokens_per_s=tokens_per_second(seconds),
         text_sha=text_sha(workload),
         overrides=tuple(overrides_of(experiment) if overrides is None else overrides),
@@ -145,8 +167,8 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "kvcfg": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
-def sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
-    """The same experiment with a cache for one window and what is decoded after it."""
+def sized_to_windows(experiment: ExperimentConfig, least_tokens: int = 0) -> ExperimentConfig:
+    """The same experiment with a cache for one window and what is decoded after it, or more where that is asked."""
     workload = experiment.workload
     tokens = workload.window_tokens + workload.decode_tokens
     if tokens > experiment.model.max_seq_len:
@@ -156,7 +178,7 @@ def sized_to_windows(experiment: ExperimentConfig) -> ExperimentConfig:
         raise ConfigError(
             Problem("workload.window_tokens", rule, workload.window_tokens, f"workload.window_tokens={fitting}")
         )
-    one_window = workload.model_copy(update={"max_batch_size": 1, "max_seq_len": tokens})
+    one_window = workload.model_copy(update={"max_batch_size": 1, "max_seq_len": max(tokens, least_tokens)})
     return experiment.model_copy(update={"workload": one_window})
 
 

@@ -19,6 +19,7 @@ _ROWS_AT_ONCE = 128
 _NEIGHBOURS = 32
 _PIECE_TOKENS = 64
 _RESAMPLES = 2000
+_DEPTHS = 8
 
 CacheMaker = Callable[[int], Any]
 """Makes an empty cache for a batch of so many sequences; transformers takes it as `past_key_values`."""
@@ -48,6 +49,12 @@ class Agreement:
     def kl_interval(self, seed: int = 0) -> tuple[float, float]:
         """95 % bootstrap interval of the mean KL, over blocks of 32 neighbouring predictions."""
         return mean_interval(torch.stack([block.mean() for block in torch.split(self.kl, _NEIGHBOURS)]), seed)
+
+    def kl_by_depth(self, num_windows: int) -> list[float]:
+        """Mean KL of up to 8 equal parts of the windows, over all windows of one length, the beginnings first."""
+        by_position = self.kl.view(num_windows, -1).mean(dim=0)
+        parts = by_position.tensor_split(min(_DEPTHS, len(by_position)))
+        return [part.mean().item() for part in parts]
 
 
 def mean_interval(values: Tensor, seed: int) -> tuple[float, float]:

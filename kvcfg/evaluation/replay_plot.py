@@ -8,20 +8,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kvcfg.errors import BackendUnavailable, ConfigError, KvcfgError, Problem
+from kvcfg.evaluation.plot_files import save_plot
 from kvcfg.evaluation.replay import Replay
 from kvcfg.evaluation.replay_text import point_labels
 from kvcfg.units import readable_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-SUFFIXES = (".png", ".svg", ".pdf")
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#888888")
 """Told apart by people who see fewer colours too (Okabe and Ito)."""
@@ -70,20 +66,6 @@ class Line(NamedTuple):
     colour: str = _COLOURS[0]
 
 
-def check_plot(path: str) -> None:
-    """Refuse a plot that could not be drawn, before anything is replayed.
-
-    Raises:
-        ConfigError: if the name is not one of a picture.
-        BackendUnavailable: if matplotlib is not installed.
-    """
-    if Path(path).suffix.lower() not in SUFFIXES:
-        fix = f"plot={Path(path).stem or 'replay'}.png"
-        raise ConfigError(Problem("plot", f"must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}", path, fix))
-    if find_spec("matplotlib") is None:
-        raise BackendUnavailable(f"plot={path} needs matplotlib: pip install kvcfg[plot]. Try: plot=null")
-
-
 def draw_replays(
     points: Sequence[tuple[Sequence[str], Replay]],
     path: str,
@@ -117,11 +99,7 @@ def draw_replays(
         f"Prefix cache hit rate, {trace.path.rpartition('/')[2]} ({len(trace.trace.requests):,} requests)",
         loc="left", fontsize=11, color=_INK,
     )  # fmt: skip
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-    except OSError as error:
-        raise KvcfgError(f"plot={path} cannot be written: {error.strerror}") from error
+    save_plot(figure, path)
 
 
 def _lines(points: Sequence[tuple[Sequence[str], Replay]], in_bytes: bool) -> list[Line]:

@@ -1,4 +1,4 @@
-"""How long a decode step takes with a cache, by the clock of this machine, and what reads the cache in it."""
+"""How long a prompt and a decode step take with a cache, by this machine's clock, and what reads the cache in them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,32 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvcfg.cache.layout import page_layout
 from kvcfg.cache.paged import PagedKVCache
+from kvcfg.evaluation.quality import as_fed
 from kvcfg.integrations.paged_attention import NAME
 from kvcfg.kernels.cpu.loader import load_kernel
 from kvcfg.params import KVCacheParams
+
+
+@torch.no_grad()
+def first_token_seconds(model: Any, cache: Any, prompt: Tensor) -> float:
+    """Time a prompt until the token that follows it is known.
+
+    Args:
+        model: a causal language model of transformers.
+        cache: an empty cache of transformers; it holds the prompt afterwards.
+        prompt: `[prompt_tokens]` int64.
+    """
+    prompt = prompt[None].to(model.device)
+    _wait_for(model.device)
+    begin = time.perf_counter()
+    for piece in as_fed(prompt, cache):
+        logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits[:, -1].argmax(-1).item()
+    return time.perf_counter() - begin
 
 
 @torch.no_grad()

@@ -75,8 +75,8 @@ def export(experiment: ExperimentConfig, engine: str, version: str | None = None
     planned = plan(experiment)
     if planned_bytes(planned) <= 0:
         lack = planned.shortfall
-        why = "has no room for a cache" if lack is None else f"has no room for a cache: {lack.why}"
-        fix = lack.overrides[0] if lack is not None and lack.overrides else None
+        why = f"has no room for a cache{'' if lack is None else f': {lack.why}'}"
+        fix = lack.overrides[0] if lack is not None and lack.overrides else "kvcfg fit, which says what makes room"
         raise ConfigError(Problem("devices", why, planned.resolution.devices.name, fix))
     return exporter(planned, found.version)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from kvcfg.config.recipes import resolve_recipe
+from kvcfg.exporters.architectures import architectures_of
 from kvcfg.exporters.exported import Export
 from kvcfg.exporters.memory import budget_key, how_planned, share_of_memory
-from kvcfg.exporters.servers import architectures, drafter_needed, model_name, refuse_page_size
+from kvcfg.exporters.servers import drafter_needed, model_name, refuse_page_size
 from kvcfg.exporters.sheet import Sheet
 from kvcfg.exporters.stored import E4M3, NVFP4, engine_format, plain, refuse_layers, stored_as
 from kvcfg.exporters.tiers import tiers_of, whole
@@ -96,7 +97,7 @@ def _prefixes(sheet: Sheet, cache: dict[str, Any]) -> None:
     asked = sheet.experiment.cache
     sheet.say("cache.enable_prefix_caching")
     cache["enable_prefix_caching"] = asked.enable_prefix_caching
-    names = set(architectures(sheet.plan))
+    names = set(architectures_of(sheet.experiment.model))
     drafted = sheet.experiment.speculative.speculative_method is not None
     forced = names & (WITHOUT_PREFIXES | (WITHOUT_PREFIXES_IF_DRAFTED if drafted else frozenset()))
     if asked.enable_prefix_caching and forced:

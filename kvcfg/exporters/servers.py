@@ -44,13 +44,6 @@ def has_states(plan: Plan) -> bool:
     return any(group.kind == "linear" for group in plan.experiment.model.layer_groups)
 
 
-def architectures(plan: Plan) -> tuple[str, ...]:
-    """The names of the model's architecture in its config.json, or those of the preset's; empty if not known."""
-    from kvcfg.exporters.architectures import architectures_of
-
-    return architectures_of(plan.experiment.model)
-
-
 def drafter_needed(sheet: Sheet, setting: str) -> None:
     """Say that the weights of a drafter have to be named."""
     method = sheet.experiment.speculative.speculative_method

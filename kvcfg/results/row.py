@@ -7,6 +7,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from kvcfg.errors import GateError, KvcfgError
+from kvcfg.results.stored_error import StoredError
+from kvcfg.results.task_score import TaskScore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,9 @@ class ResultRow:
     """95 % bootstrap interval of `kl`, over blocks of neighbouring predictions."""
     kl_p99: float
     """KL that one prediction in a hundred exceeds."""
+    kl_by_depth: list[float] | None = None
+    """Mean KL of eighths of the windows, their beginnings first; fewer parts where a window has fewer predictions. None
+    in rows of versions that did not say."""
     noise_floor: float
     """Mean KL of the full-precision cache against itself, fed in another shape."""
     top1: float
@@ -59,6 +64,15 @@ class ResultRow:
     rows of versions that did not count."""
     experimental: bool = False
     """Whether the recipe is none of those that kvcfg has measured."""
+    first_token_ms: float | None = None
+    """Milliseconds from the last window as a prompt to the token that follows it, at batch 1. None in rows of versions
+    that did not time it."""
+    peak_cache_bytes: int | None = None
+    """Bytes of the pages that a whole window holds, at its end. None in rows of versions that did not say."""
+    tasks: dict[str, TaskScore] | None = None
+    """Scores of retrieval tasks by name; None where none were asked for."""
+    stored_error: StoredError | None = None
+    """What storing does to the first window's keys and values, by layer and head; None where it was not asked for."""
     decode_tokens_per_s: float
     """Tokens generated per second at batch 1 after the last window, by the median step."""
     text_sha: str
@@ -104,6 +118,10 @@ class ResultRow:
             known = {
                 field.name: data[field.name] for field in fields(cls) if field.name in data or field.default is MISSING
             }
+            if tasks := known.get("tasks"):
+                known["tasks"] = {name: TaskScore(**score) for name, score in tasks.items()}
+            if error := known.get("stored_error"):
+                known["stored_error"] = StoredError(**error)
         except (ValueError, TypeError, KeyError) as error:
             raise KvcfgError(f"{source} is no result row: {error!r}") from error
         known |= {"overrides": tuple(known["overrides"]), "kl_ci": tuple(known["kl_ci"])}

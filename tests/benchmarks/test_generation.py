@@ -141,3 +141,36 @@ def test_the_table_of_passkeys_has_full_precision_beside_every_score(quality: Sc
     answers = [answer(quality, name, "bits4", item, "passkey") for name, item in (("p", whole), ("q", part))]
     last = quality("generation_answers").markdown(answers).splitlines()[-1]
     assert last == "| m | 64 | bits4 | 512 | 2 | 50.0% | 50.0% | 80.0% | 90.0% |"
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (" 12345. The", 1.0),
+        (" 12395.", 0.8),
+        (" 123", 0.6),
+        (" 123456", 1.0),
+        (" not 92345, 12345", 0.8),
+        (" the mill", 0.0),
+    ],
+)
+def test_digits_are_counted_in_the_first_number(quality: Script, reply: str, expected: float) -> None:
+    assert quality("generation_trials").digits_right(reply, "12345") == expected
+
+
+def test_outcomes_of_passkeys_have_full_precision_beside_them(quality: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = quality("generation_trials")
+    asked = [trials.RetrievalPrompt(torch.tensor([1, 2]), (key,)) for key in ("12345", "67890")]
+    replies = {"paged": (" 12345.", " 67800"), "exact": (" 12345.", " 67890")}
+
+    def retrieve(model: str, tokenizer: Any, task: Any, prompts: Any, cache: Any, batch_size: int) -> Any:
+        shares = [
+            float(reply.startswith(f" {item.answers[0]}")) for reply, item in zip(replies[model], asked, strict=True)
+        ]
+        return trials.Retrieval(replies[model], torch.tensor(shares))
+
+    monkeypatch.setattr(trials, "retrieve", retrieve)
+    trial = trials.Passkeys(asked, None)
+    outcomes = trial.outcomes(SimpleNamespace(model="paged"), trial.reference("exact"))
+    assert outcomes[0] == {"exact": True, "digits": 1.0, "exact_reference": True, "digits_reference": 1.0}
+    assert outcomes[1] == {"exact": False, "digits": 0.8, "exact_reference": True, "digits_reference": 1.0}

@@ -39,7 +39,7 @@ def test_help_of_a_verb_is_left_to_hydra() -> None:
     ("argv", "message"),
     [
         (["plam"], "Try: kvcfg plan"),
-        (["zzzz"], "must be one of plan, fit, eval, bench, replay, calibrate or fetch"),
+        (["zzzz"], "must be one of plan, fit, eval, bench, replay, calibrate, fetch, export, import, diff or rerun"),
         (["cache=fp8"], "Try: kvcfg plan cache=fp8"),
         (["plan", "--config-dir"], "--config-dir: needs a value"),
     ],

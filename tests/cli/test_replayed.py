@@ -93,7 +93,7 @@ def test_plot_is_written_and_told_on_stderr(capsys: pytest.CaptureFixture[str], 
 def test_missing_matplotlib_stops_before_anything_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcfg.evaluation.replay_plot.find_spec", lambda name: None)
+    monkeypatch.setattr("kvcfg.evaluation.plot_files.find_spec", lambda name: None)
     code, out, err = run(capsys, "workload.trace=trace.jsonl", "plot=a.svg")
     assert (code, out) == (1, "") and "pip install kvcfg[plot]" in err
 

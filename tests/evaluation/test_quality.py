@@ -91,6 +91,20 @@ def test_interval_holds_the_mean_and_narrows_with_more_predictions() -> None:
     assert width(32 * 256) < 0.5 * width(32 * 8)
 
 
+def by_depth(kl: list[float], num_windows: int) -> list[float]:
+    values = torch.tensor(kl, dtype=torch.float64)
+    return quality.Agreement(values, values, values, values > 0).kl_by_depth(num_windows)
+
+
+def test_kl_by_depth_is_the_mean_of_eighths_over_all_windows() -> None:
+    first, second = [float(position // 4) for position in range(32)], [10.0] * 32
+    assert by_depth(first + second, num_windows=2) == [5 + part / 2 for part in range(8)]
+
+
+def test_kl_by_depth_has_no_empty_parts_where_windows_are_short() -> None:
+    assert by_depth([1.0, 2.0, 3.0], num_windows=1) == [1.0, 2.0, 3.0]
+
+
 def test_noise_floor_is_far_below_any_quantized_format(model: Any, windows: torch.Tensor, tmp_path: Path) -> None:
     floor = quality.noise_floor(model, windows[0])
     assert 0 <= floor < 1e-3 * kl_of(model, windows, tmp_path, "cache.kv_cache_format=int8")

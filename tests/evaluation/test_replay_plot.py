@@ -10,7 +10,7 @@ import pytest
 
 import kvcfg
 from kvcfg.evaluation import replay_plot
-from kvcfg.evaluation.replay_plot import check_plot, draw_replays
+from kvcfg.evaluation.replay_plot import draw_replays
 
 Points = list[Any]
 
@@ -82,18 +82,6 @@ def test_names_stand_apart_in_their_order_and_inside(heights: list[float]) -> No
     placed = replay_plot._apart(heights, 1.0, 10.0)
     assert all(above - below > 0.99 for below, above in pairwise(placed))
     assert placed[-1] <= 10
-
-
-@pytest.mark.parametrize("path", ["a", "a.txt", "a.png.gz"])
-def test_other_kinds_of_file_are_refused(path: str) -> None:
-    with pytest.raises(kvcfg.ConfigError, match=r"must end in \.png, \.svg or \.pdf. Try: plot=.*\.png"):
-        check_plot(path)
-
-
-def test_missing_matplotlib_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_plot, "find_spec", lambda name: None)
-    with pytest.raises(kvcfg.BackendUnavailable, match=r"pip install kvcfg\[plot\]"):
-        check_plot("a.png")
 
 
 def test_a_place_that_cannot_be_written_is_told(sweep: Any, tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ def row_of(overrides: tuple[str, ...], fingerprint: str, **figures: object) -> R
     plain = {
         "model": "tiny", "device": "cpu", "format": "int8", "recipe": "int8", "page_size": 128, "attention": "kvcfg",
         "bytes_per_token_planned": 1.0, "bytes_per_token_allocated": 1.0, "bits_per_element": 8.5,
-        "bits_effective": 9.0, "num_predictions": 10, "ppl": 9.3, "ppl_reference": 9.2, "kl": 1e-3, "kl_ci": (1e-4, 2e-3), "kl_p99": 1e-2,
-        "noise_floor": 0.0, "top1": 0.99, "decode_tokens_per_s": 10.0, "text_sha": "e" * 64, "versions": {"kvcfg": "0"},
-        "created": "2026-01-01T00:00:00+00:00",
+        "bits_effective": 9.0, "num_predictions": 10, "ppl": 9.3, "ppl_reference": 9.2, "kl": 1e-3,
+        "kl_ci": (1e-4, 2e-3), "kl_p99": 1e-2, "noise_floor": 0.0, "top1": 0.99, "decode_tokens_per_s": 10.0,
+        "text_sha": "e" * 64, "versions": {"kvcfg": "0"}, "created": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
-    known = {name for name in ResultRow.__dataclass_fields__}
+    known = ResultRow.__dataclass_fields__.keys()
     figures = {name: value for name, value in (plain | figures).items() if name in known}
     return ResultRow(
         fingerprint=fingerprint,

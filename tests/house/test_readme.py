@@ -61,7 +61,7 @@ def test_calibration_of_the_readme_is_read(tmp_path: Path) -> None:
     (tmp_path / "my_text.txt").write_text("\n\n".join(topics.values()))
     # Not the file beside the weights, which may be somebody's.
     own = ["quantization.calibration=own.safetensors", *SMALL["eval"]]
-    for command in blocks("sh")[2].splitlines():
+    for command in blocks("sh")[3].splitlines():
         _, verb, *rest = shlex.split(command)
         done = run(["-m", "kvcfg", verb, *rest, *own], tmp_path)
         assert done.returncode == 0, done.stderr

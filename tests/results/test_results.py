@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import pytest
 from kvcfg.errors import GateError, KvcfgError
 from kvcfg.results.row import ResultRow
 from kvcfg.results.store import ResultStore
+from kvcfg.results.stored_error import StoredError
 from kvcfg.results.table import render
+from kvcfg.results.task_score import TaskScore
+from kvcfg.results.task_table import render_tasks
 
 
 def row_of(**changes: Any) -> ResultRow:
@@ -65,6 +69,46 @@ def test_row_of_a_version_that_did_not_say_what_read_the_cache_is_read() -> None
 
 def test_table_is_the_same_whatever_read_the_cache() -> None:
     assert render([row_of(attention="kernels")]) == render([row_of(attention="gathered")])
+
+
+NEEDLE = TaskScore(right=0.75, right_reference=1.0, num_prompts=8, prompt_tokens=1024)
+"""A score."""
+
+
+def test_row_with_scores_of_tasks_comes_back_unchanged() -> None:
+    row = row_of(tasks={"needle": NEEDLE}, kl_by_depth=[1e-3, 2e-3], first_token_ms=300.0, peak_cache_bytes=12345)
+    assert ResultRow.from_json(row.to_json()) == row
+
+
+def test_row_with_errors_by_head_comes_back_unchanged() -> None:
+    row = row_of(stored_error=StoredError(keys=[[0.1, None], []], values=[[0.2, 0.3], []]))
+    assert ResultRow.from_json(row.to_json()) == row
+
+
+def test_row_of_a_version_without_depths_tasks_and_peaks_is_read() -> None:
+    data = json.loads(row_of(tasks={"needle": NEEDLE}).to_json())
+    for key in ("stored_error", "kl_by_depth", "first_token_ms", "peak_cache_bytes", "tasks"):
+        del data[key]
+    assert ResultRow.from_json(json.dumps(data)) == row_of()
+
+
+def test_damaged_scores_name_the_row() -> None:
+    data = json.loads(row_of().to_json()) | {"tasks": {"needle": {"right": 1.0}}}
+    with pytest.raises(KvcfgError, match="here is no result row"):
+        ResultRow.from_json(json.dumps(data), "here")
+
+
+def test_table_is_no_wider_for_depths_tasks_and_peaks() -> None:
+    row = row_of(tasks={"needle": NEEDLE}, kl_by_depth=[1e-3], first_token_ms=300.0, peak_cache_bytes=12345)
+    assert render([row]) == render([row_of()])
+
+
+def test_table_of_tasks_has_full_precision_beside_every_score() -> None:
+    rows = [row_of(tasks={"needle": NEEDLE}), row_of(format="int4", tasks={"needle": replace(NEEDLE, right=0.5)})]
+    lines = render_tasks(rows, ["needle"]).splitlines()
+    assert lines[0].split() == ["model", "format", "needle"]
+    assert (lines[2].split()[1:], lines[3].split()[1:]) == (["int8", "75%", "/", "100%"], ["int4", "50%", "/", "100%"])
+    assert "prompts of 1,024 tokens, 8 a task" in lines[-1]
 
 
 def test_line_without_a_key_says_which() -> None:
