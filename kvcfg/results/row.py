@@ -122,7 +122,7 @@ class ResultRow:
                 known["tasks"] = {name: TaskScore(**score) for name, score in tasks.items()}
             if error := known.get("stored_error"):
                 known["stored_error"] = StoredError(**error)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise KvcfgError(f"{source} is no result row: {error!r}") from error
         known |= {"overrides": tuple(known["overrides"]), "kl_ci": tuple(known["kl_ci"])}
         return cls(**known)

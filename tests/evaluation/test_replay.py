@@ -154,6 +154,7 @@ def measured(model: str, name: str, recipe: str, kl: float, page_size: int) -> R
     known: dict[str, Any] = {field: 1.0 for field in ResultRow.__dataclass_fields__}
     known |= {"model": model, "format": name, "recipe": recipe, "kl": kl, "kl_ci": (kl, kl), "page_size": page_size}
     known |= {"fingerprint": f"{recipe}{kl}", "device": "cpu", "text_sha": "x", "created": "x"}
+    known |= {"tasks": None, "stored_error": None}
     return ResultRow(**known | {"overrides": (), "config": {}, "versions": {}})
 
 
