@@ -11,10 +11,11 @@ import side_vllm
 import torch
 from checks import Check
 from memory import POOL_BYTES, pages_of
-from reference import relative_error
 from rounds import Variant
 from shapes import APPENDED, STEP, Shape
 from torch import Tensor
+
+from kvcfg.evaluation.kernel_cases import distance
 
 FORMATS = ("bf16", "fp8", "int8")
 
@@ -33,7 +34,7 @@ def checks(shape: Shape, page_sizes: list[int]) -> Iterator[Check]:
             slots = torch.randperm(64 * page_size, generator=torch.Generator().manual_seed(3))[: len(keys)]
             pages.writer(pages.layer.arena, cycle([slots]), keys, values)()
             stored = pages.storage.read_slots(0, slots, torch.float32)
-            error = max(relative_error(*pair) for pair in zip(stored, (keys, values), strict=True))
+            error = max(distance(*pair) for pair in zip(stored, (keys, values), strict=True))
             yield Check("append", "kvcfg", name, page_size, str(shape), error, BOUNDS[name])
 
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from reference import attention, relative_error
+from reference import attention
 from shapes import Shape
 from torch import Tensor
+
+from kvcfg.evaluation.kernel_cases import distance
 
 BOUNDS = {"float32": 1e-5, "kvcfg": 4e-3, "vllm": 2e-2}
 """Relative L2 errors that are let pass: of float32 queries, and of either side's bfloat16, whose rounding alone is
@@ -65,7 +67,7 @@ def check(
         states: keys and values `[num_tokens, n_kv_heads, head_dim]` of each sequence, as stored.
     """
     errors = [
-        relative_error(output, attention(query.unsqueeze(0), keys, values, [len(keys)], shape)[0])
+        distance(output, attention(query.unsqueeze(0), keys, values, [len(keys)], shape)[0])
         for output, query, (keys, values) in zip(found, queries, states, strict=True)
     ]
     return Check(case, side, name, page_size, str(shape), worst(errors), bound_of(side, name))

@@ -10,12 +10,13 @@ import side_kvcfg
 import side_vllm
 import torch
 from checks import Check, bound_of
-from reference import attention, relative_error
+from reference import attention
 from rounds import Variant
 from shapes import NEW_TOKENS, PROMPT, Shape
 from torch import Tensor
 
 from kvcfg.attention.reach import Reach, causal
+from kvcfg.evaluation.kernel_cases import distance
 from kvcfg.params import table_columns
 
 SPANS = ((0, PROMPT), (PROMPT, NEW_TOKENS))
@@ -61,7 +62,7 @@ def checks(shape: Shape, formats: list[str], page_sizes: list[int], with_vllm: b
             side, name, size = case.variant.side, case.variant.format, case.variant.page_size
             if size is not None:
                 wanted = attention(case.queries[rows], case.keys, case.values, stops, shape)
-                error = relative_error(case.read()[rows], wanted)
+                error = distance(case.read()[rows], wanted)
                 yield Check("prefill", side, name, size, str(shape), error, bound_of(side, name))
 
 

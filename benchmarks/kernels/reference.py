@@ -30,9 +30,3 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, stops: Sequence[int
         weights = scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1)
         heads.append(weights @ values[:, head // group].double())
     return torch.stack(heads, dim=1)
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """The L2 norm of the difference over that of what is wanted; NaN if anything found is."""
-    wanted = wanted.double()
-    return float((found.double() - wanted).norm() / wanted.norm())

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kvcfg.cache.closing import ClosingStorage
-from kvcfg.cache.pages import PageCopy, PageTable
+from kvcfg.cache.pages import PageCopy
 from kvcfg.cache.replica import CacheReplica
 from kvcfg.errors import CapacityError
 
@@ -60,10 +60,10 @@ def cut_back(replica: CacheReplica, sequence: int, length: int) -> None:
     replica.truncate(sequence, begin)
     replica.alloc_batch([sequence], length - begin)
     copies = [
-        PageCopy(group, _page_of(before, begin // size), _page_of(ledger.page_table(sequence, group), begin // size))
+        PageCopy(group, before.page(begin // size), ledger.page_table(sequence, group).page(begin // size))
         for group, before in zip(groups, befores, strict=True)
     ]
-    replica.copy([copy for copy in copies if copy.source != copy.target])
+    replica.copy(copies)
     replica.commit([sequence], length - begin)
 
 
@@ -95,7 +95,7 @@ def _copy_pages(source: CacheReplica, target: CacheReplica, sequence: int) -> No
             continue
         old, new = source.ledger.page_table(sequence, group), target.ledger.page_table(sequence, group)
         first, end = max(old.first, new.first), min(old.first + len(old.pages), new.first + len(new.pages))
-        copies += [PageCopy(group, _page_of(old, place), _page_of(new, place)) for place in range(first, end)]
+        copies += [PageCopy(group, old.page(place), new.page(place)) for place in range(first, end)]
         if isinstance(storage, ClosingStorage):
             origin = source.storages[group]
             assert isinstance(origin, ClosingStorage)
@@ -103,11 +103,6 @@ def _copy_pages(source: CacheReplica, target: CacheReplica, sequence: int) -> No
             tokens = torch.arange(begin, source.ledger.length(sequence))
             storage.copy_open(tokens, target.row(sequence), origin, source.row(sequence))
     target.copy(copies, source)
-
-
-def _page_of(table: PageTable, place: int) -> int:
-    """A sequence's page, by its number in the sequence."""
-    return table.pages[place - table.first]
 
 
 def _check_pages(replica: CacheReplica, batch: Sequence[int], chosen: Counter[int]) -> None:

@@ -189,12 +189,9 @@ class PagedKVCache:
         self._check_whole(layer, keys.shape[2])
         layout, tables = self._meet(layer, keys)
         storage, _, index = self._place(layer)
-        view = storage.view(index, layout, tables, value_dim=value_dim)
-        if not view.in_place or len(storage.shards) > 1:
-            return self.append(layer, keys, values)
-        storage.write(index, layout, _by_token(keys), _by_token(values))
+        seen = _stored(storage.view(index, layout, tables, value_dim=value_dim), keys, values)
         self._count(layer, keys.shape[2])
-        return view
+        return seen
 
     def pieces(self, layer: int, num_tokens: int) -> list[int]:
         """How many of so many new tokens read the same bytes, one run after the other.
@@ -233,12 +230,7 @@ class PagedKVCache:
             span = slice(offset, offset + length)
             piece = layout if length == keys.shape[2] else self._piece(group, start + offset, length)
             view = storage.view(index, piece, tables, value_dim=value_dim)
-            new = _by_token(keys[:, :, span]), _by_token(values[:, :, span])
-            if view.in_place and len(storage.shards) == 1:
-                storage.write(index, piece, *new)
-                yield span, view
-            else:
-                yield span, _dense(storage.append(index, piece, *new), keys.shape[0])
+            yield span, _stored(view, keys[:, :, span], values[:, :, span])
             offset += length
         self._count(layer, keys.shape[2])
 
@@ -456,6 +448,15 @@ class PagedKVCache:
     def _end_step(self) -> None:
         self._step = None
         self._pieces.clear()
+
+
+def _stored(view: LayerView, keys: Tensor, values: Tensor) -> LayerView | KeysValues:
+    """Store a run of a step where a view shows it; the view, or what it shows if that cannot be read in place."""
+    new = _by_token(keys), _by_token(values)
+    if not view.in_place or len(view.storage.shards) > 1:
+        return _dense(view.storage.append(view.layer, view.step, *new), keys.shape[0])
+    view.storage.write(view.layer, view.step, *new)
+    return view
 
 
 def _by_token(states: Tensor) -> Tensor:

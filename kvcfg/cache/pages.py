@@ -59,6 +59,10 @@ class PageTable(NamedTuple):
     first: int
     pages: tuple[int, ...]
 
+    def page(self, place: int) -> int:
+        """A page, by its index in the sequence."""
+        return self.pages[place - self.first]
+
 
 class PageRun(NamedTuple):
     """Neighbouring entries of one page table.

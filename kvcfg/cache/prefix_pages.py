@@ -95,13 +95,13 @@ class PrefixPages(PagedKVCache):
         try:
             found = replica.alloc(made, whole).length if whole > 1 else 0
             copies = list[PageCopy]()
-            for group, (first, pages) in befores.items():
+            for group, before in befores.items():
                 table = ledger.page_table(made, group)
                 for place in range(max(table.first, found // size), table.first + len(table.pages)):
-                    if not 0 <= place - first < len(pages):
+                    if not before.first <= place < before.first + len(before.pages):
                         return 0
-                    copies.append(PageCopy(group, pages[place - first], table.pages[place - table.first]))
-            replica.copy([copy for copy in copies if copy.source != copy.target])
+                    copies.append(PageCopy(group, before.page(place), table.page(place)))
+            replica.copy(copies)
             replica.begin_copied(made, ledger.commit(made, whole - found, num_drafts=0, copied=True))
         except CapacityError:
             return 0

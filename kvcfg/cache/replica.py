@@ -283,9 +283,13 @@ class CacheReplica:
         return windowed_step(group, self._null_pages[place], befores, afters, starts, num_tokens, columns)
 
     def copy(self, copies: Sequence[PageCopy], origin: CacheReplica | None = None) -> None:
-        """Copy pages byte for byte, within this replica or from another one."""
+        """Copy pages byte for byte, within this replica, where none is copied to itself, or from another one."""
         for group, storage in enumerate(self.storages):
-            pairs = [(source, target) for place, source, target in copies if place == group]
+            pairs = [
+                (source, target)
+                for place, source, target in copies
+                if place == group and (origin is not None or source != target)
+            ]
             if pairs and storage is not None:
                 sources, targets = torch.tensor(pairs).T
                 storage.copy_pages(sources, targets, None if origin is None else origin.storages[group])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.config.machine import available_memory
@@ -43,7 +43,7 @@ def bench_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
             }
             for point, rows, speed in zip(points, kernels, models, strict=True)
         ]
-        print(json.dumps(data if arguments.is_sweep else data[0]))
+        print_json(arguments, data)
     elif any(models):
         from kvcfg.evaluation.bench import speed_table
 

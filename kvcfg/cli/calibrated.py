@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.errors import ConfigError, Problem
 from kvcfg.evaluation.calibrating import calibrate
@@ -27,7 +27,7 @@ def calibrate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
         made.append((calibration.save(path), calibration))
     if points[0].options.output == "json":
         rows = [{"path": str(path), **calibration.to_dict()} for path, calibration in made]
-        print(json.dumps(rows if arguments.is_sweep else rows[0]))
+        print_json(arguments, rows)
     else:
         print("\n\n".join(calibration_summary(path, calibration) for path, calibration in made))
     return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.config.verbs import DiffOptions
 from kvcfg.errors import ConfigError, Problem
@@ -19,7 +19,7 @@ def diff_sides(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     made = [_compared(point.options) for point in points]
     if points[0].options.output == "json":
         rows = [item.to_dict() for item in made]
-        print(json.dumps(rows if arguments.is_sweep else rows[0]))
+        print_json(arguments, rows)
     else:
         print("\n\n".join(item.table() for item in made))
     return 0

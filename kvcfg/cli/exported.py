@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.config.verbs import ExportOptions
 from kvcfg.errors import ConfigError, Problem
@@ -33,7 +33,7 @@ def export_points(arguments: Arguments, points: Sequence[GridPoint]) -> int:
             write_whole(Path(point.options.out).expanduser(), item.text)
     if points[0].options.output == "json":
         rows = [_as_dict(point, item) for point, item in zip(points, made, strict=True)]
-        print(json.dumps(rows if arguments.is_sweep else rows[0]))
+        print_json(arguments, rows)
     else:
         texts = [export_text(item, point.options.out) for point, item in zip(points, made, strict=True)]
         heads = [f"{' '.join(point.overrides)}\n" if arguments.is_sweep else "" for point in points]
@@ -97,7 +97,7 @@ def _every_engine(arguments: Arguments, points: Sequence[GridPoint]) -> int:
         rows = [
             {"overrides": point.overrides, "engines": as_dicts(item)} for point, item in zip(points, made, strict=True)
         ]
-        print(json.dumps(rows if arguments.is_sweep else rows[0]))
+        print_json(arguments, rows)
     else:
         heads = [f"{' '.join(point.overrides)}\n" if arguments.is_sweep else "" for point in points]
         print("\n\n".join(head + engines_table(item) for head, item in zip(heads, made, strict=True)))

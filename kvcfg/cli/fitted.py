@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.errors import GateError
 from kvcfg.evaluation.allocation import FoundFormats, find_formats
@@ -17,7 +17,7 @@ def find_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     found = [(point, _found(point)) for point in points]
     if points[0].options.output == "json":
         rows = [{"overrides": point.overrides, **made.to_dict()} for point, made in found]
-        print(json.dumps(rows if arguments.is_sweep else rows[0]))
+        print_json(arguments, rows)
     elif arguments.is_sweep:
         print("\n\n".join(f"{' '.join(point.overrides)}\n{made.table()}" for point, made in found))
     else:

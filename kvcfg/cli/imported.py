@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.config.verbs import ImportOptions
 from kvcfg.errors import ConfigError, Problem
@@ -25,7 +25,7 @@ def import_source(arguments: Arguments, points: Sequence[GridPoint]) -> int:
             write_whole(Path(point.options.out).expanduser(), preset_text(item))
     if points[0].options.output == "json":
         rows = [item.to_dict() for item in made]
-        print(json.dumps(rows if arguments.is_sweep else rows[0]))
+        print_json(arguments, rows)
     else:
         print("\n\n".join(item.table() for item in made))
     return 0

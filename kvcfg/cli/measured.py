@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.config.verbs import EvalOptions, GateOptions
 from kvcfg.errors import ConfigError, GateError, Problem, show
@@ -39,7 +40,7 @@ def evaluate_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     found = [rows[name] for name in names if _is_finished(rows.get(name), options)]
     if options.output == "json":
         data = [json.loads(row.to_json()) for row in found]
-        print(json.dumps(data if arguments.is_sweep else data[0]))
+        print_json(arguments, data)
     elif found:
         print(render(found))
         if options.tasks:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.errors import ConfigError, Problem
 from kvcfg.evaluation.plot_files import check_plot
@@ -37,7 +37,7 @@ def replay_all(arguments: Arguments, points: Sequence[GridPoint]) -> int:
         results = [(item.point.overrides, item.replayer.replay(item.job, step_done)) for item in ready]
     if options.output == "json":
         rows = [{"overrides": list(overrides), **made.to_dict()} for overrides, made in results]
-        print(json.dumps(rows if arguments.is_sweep else rows[0]))
+        print_json(arguments, rows)
     else:
         print(replay_table(results) if arguments.is_sweep else results[0][1].table())
     if options.plot is not None:

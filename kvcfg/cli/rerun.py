@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.errors import ConfigError, Problem
 from kvcfg.evaluation.sides import find_row
@@ -21,7 +21,7 @@ def rerun_row(arguments: Arguments, points: Sequence[GridPoint]) -> int:
     made = [rerun(row) for row in rows]
     if points[0].options.output == "json":
         data = [item.to_dict() for item in made]
-        print(json.dumps(data if arguments.is_sweep else data[0]))
+        print_json(arguments, data)
     else:
         print("\n\n".join(item.table() for item in made))
     return int(not all(item.repeats for item in made))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvcfg.cli.arguments import Arguments
+from kvcfg.cli.json_output import print_json
 from kvcfg.composition.points import GridPoint
 from kvcfg.config.experiment import ExperimentConfig
 from kvcfg.errors import ConfigError, Problem
@@ -135,7 +136,7 @@ def _answer(arguments: Arguments, points: Sequence[GridPoint], function: Callabl
         raise results[0]
     if _as_json(points):
         rows = [{"overrides": point.overrides, **_as_dict(made)} for point, made in zip(points, results, strict=True)]
-        print(json.dumps(rows if arguments.is_sweep else rows[0]))
+        print_json(arguments, rows)
     elif arguments.is_sweep:
         texts = [f"{' '.join(point.overrides)}\n{_as_text(made)}" for point, made in zip(points, results, strict=True)]
         print("\n\n".join(texts))

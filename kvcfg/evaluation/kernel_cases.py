@@ -88,7 +88,7 @@ def _attention(kernel: str, pages: KernelPages, num_sequences: int, num_tokens: 
     if found is not None:
         rows, picked = _some(reach)
         exact = reference.attend(queries[rows].double(), views[0], picked, scale=scale)
-        error = _distance(found[rows], exact)
+        error = distance(found[rows], exact)
     layers = cycle(views)
     return KernelCase(
         kernel,
@@ -175,10 +175,10 @@ def _close_by_torch(storage: ClosingStorage, layer: int, ids: Tensor, places: Te
 
 def _farther(found: KeysValues, wanted: KeysValues) -> float:
     """The larger distance, of keys or of values."""
-    return max(_distance(one, other) for one, other in zip(found, wanted, strict=True) if other.numel())
+    return max(distance(one, other) for one, other in zip(found, wanted, strict=True) if other.numel())
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
+def distance(found: Tensor, wanted: Tensor) -> float:
     """The L2 norm of the difference over that of what is wanted; NaN if anything found is."""
     exact = wanted.double()
     return float((found.double() - exact).norm() / exact.norm())

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcfg.attention import causal
-from kvcfg.evaluation.kernel_cases import APPEND, DECODE, PREFILL, KernelCase
+from kvcfg.evaluation.kernel_cases import APPEND, DECODE, PREFILL, KernelCase, distance
 from kvcfg.evaluation.kernel_shapes import KernelShape
 from kvcfg.evaluation.vllm_blocks import VllmBlocks
 from kvcfg.units import ceil_div
@@ -130,4 +130,4 @@ def _error(shape: KernelShape, block_size: int) -> float:
     found = blocks.reader(cycle([table]), queries, causal([count - 1], [1]))()
     query, key, value = (item.double().transpose(0, 1).unsqueeze(0) for item in (queries, keys, values))
     exact = scaled_dot_product_attention(query, key, value, enable_gqa=True)[0].transpose(0, 1)
-    return float((found.double() - exact).norm() / exact.norm())
+    return distance(found, exact)

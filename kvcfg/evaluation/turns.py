@@ -21,28 +21,36 @@ class Turn:
     Attributes:
         call: does the work once.
         times: seconds of a call, one number a round.
+        cpu_times: the same of CPU time, all threads together.
     """
 
     call: Callable[[], object]
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
         """Median seconds of a call."""
         return median(self.times)
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Median seconds of CPU time of a call, all threads together."""
+        return median(self.cpu_times)
+
 
 def take_turns(turns: Sequence[Turn], rounds: int, on_round: Callable[[], None] = lambda: None) -> None:
-    """Give everyone a turn in each round, in an order that changes; what they took is added to `times`."""
+    """Give everyone a turn in each round, in an order that changes; what they took is added to them."""
     repeats = [_repeats(turn.call) for turn in turns]
     shuffler = random.Random(0)
     for _ in range(rounds):
         for index in shuffler.sample(range(len(turns)), len(turns)):
             turn, count = turns[index], repeats[index]
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             for _ in range(count):
                 turn.call()
             turn.times.append((time.perf_counter() - begin) / count)
+            turn.cpu_times.append((time.process_time() - cpu_begin) / count)
         on_round()
 
 

@@ -12,7 +12,7 @@ from kvcfg.config.recipes import resolve_recipe
 from kvcfg.exporters.architectures import architectures_of
 from kvcfg.exporters.exported import Export
 from kvcfg.exporters.memory import budget_key, how_planned, share_of_memory
-from kvcfg.exporters.servers import drafter_needed, model_name, refuse_page_size
+from kvcfg.exporters.servers import drafter_needed, model_name, refuse_drafts, refuse_page_size
 from kvcfg.exporters.sheet import Sheet
 from kvcfg.exporters.stored import E4M3, NVFP4, engine_format, plain, refuse_layers, stored_as
 from kvcfg.exporters.tiers import tiers_of, whole
@@ -149,8 +149,7 @@ def _drafts(sheet: Sheet) -> None:
     if method is None:
         return
     if method not in DRAFTS:
-        rule = f"MAX {sheet.version} has {', '.join(DRAFTS)}"
-        sheet.refuse("speculative.speculative_method", rule, "speculative=eagle")
+        refuse_drafts(sheet, "MAX", DRAFTS)
     settings: dict[str, Any] = {"speculative_method": method, "num_speculative_tokens": drafts.num_draft_tokens}
     keys = ["speculative.speculative_method"]
     if sheet.version == "26.4" and drafts.rejection_sampling_strategy is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvcfg.exporters.sheet import Sheet
 from kvcfg.planning.plans import Plan
@@ -42,6 +42,19 @@ def is_latent(plan: Plan) -> bool:
 def has_states(plan: Plan) -> bool:
     """Whether layers keep a state beside those that keep tokens (hybrid models)."""
     return any(group.kind == "linear" for group in plan.experiment.model.layer_groups)
+
+
+def say_limits(sheet: Sheet, **settings: str) -> None:
+    """Say what the workload does: by its keys (`max_seq_len`, `max_batch_size`), what the engine calls them."""
+    for key, setting in settings.items():
+        if (value := getattr(sheet.experiment.workload, key)) is not None:
+            sheet.say(f"workload.{key}", **{setting: value})
+
+
+def refuse_drafts(sheet: Sheet, engine: str, known: Iterable[str]) -> None:
+    """Refuse the method of speculation, and say which ones the engine has."""
+    rule = f"{engine} {sheet.version} has {', '.join(known)}"
+    sheet.refuse("speculative.speculative_method", rule, "speculative=eagle")
 
 
 def drafter_needed(sheet: Sheet, setting: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvcfg.exporters.exported import Export
 from kvcfg.exporters.memory import budget_key, how_planned, share_used
-from kvcfg.exporters.servers import drafter_needed, has_states, is_latent, model_name
+from kvcfg.exporters.servers import drafter_needed, has_states, is_latent, model_name, say_limits
 from kvcfg.exporters.sheet import Sheet
 from kvcfg.exporters.stored import E4M3, E5M2, MXFP4_16, MXFP8, NVFP4, engine_format, plain, refuse_layers
 from kvcfg.exporters.tiers import tiers_of
@@ -50,11 +50,7 @@ def export_sglang(plan: Plan, version: str) -> Export:
     _prefixes(sheet)
     sheet.say("devices.count", tp_size=devices.tensor_parallel_degree)
     sheet.say("devices.data_parallel_degree", dp_size=devices.data_parallel_degree)
-    workload = experiment.workload
-    if workload.max_seq_len is not None:
-        sheet.say("workload.max_seq_len", context_length=workload.max_seq_len)
-    if workload.max_batch_size is not None:
-        sheet.say("workload.max_batch_size", max_running_requests=workload.max_batch_size)
+    say_limits(sheet, max_seq_len="context_length", max_batch_size="max_running_requests")
     _tiers(sheet)
     _drafts(sheet)
     return sheet.finish("sglang.yaml", ("sglang", "serve"), "--config")

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvcfg.exporters.exported import Export
 from kvcfg.exporters.memory import budget_key, how_planned, planned_bytes
-from kvcfg.exporters.servers import drafter_needed, model_name, refuse_page_size
+from kvcfg.exporters.servers import drafter_needed, model_name, refuse_drafts, refuse_page_size, say_limits
 from kvcfg.exporters.sheet import Sheet
 from kvcfg.exporters.stored import E4M3, NVFP4, engine_format, plain, refuse_layers
 from kvcfg.exporters.tiers import tiers_of
@@ -64,11 +64,7 @@ def export_trtllm(plan: Plan, version: str) -> Export:
         sheet.say("cache.eviction")
         sheet.need("Priorities with each request: KvCacheRetentionConfig.")
     sheet.say(kv_cache_config=cache)
-    workload = experiment.workload
-    if workload.max_batch_size is not None:
-        sheet.say("workload.max_batch_size", max_batch_size=workload.max_batch_size)
-    if workload.max_seq_len is not None:
-        sheet.say("workload.max_seq_len", max_seq_len=workload.max_seq_len)
+    say_limits(sheet, max_batch_size="max_batch_size", max_seq_len="max_seq_len")
     _drafts(sheet)
     return sheet.finish("trtllm.yaml", ("trtllm-serve", model), "--extra_llm_api_options")
 
@@ -103,8 +99,7 @@ def _drafts(sheet: Sheet) -> None:
     if method is None:
         return
     if method not in DRAFTS:
-        rule = f"TensorRT-LLM {sheet.version} has {', '.join(DRAFTS)}"
-        sheet.refuse("speculative.speculative_method", rule, "speculative=eagle")
+        refuse_drafts(sheet, "TensorRT-LLM", DRAFTS)
         return
     kind, count = DRAFTS[method]
     settings: dict[str, Any] = {"decoding_type": kind, count: drafts.num_draft_tokens}

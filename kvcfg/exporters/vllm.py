@@ -11,7 +11,7 @@ from typing import Any
 
 from kvcfg.exporters.exported import Export
 from kvcfg.exporters.memory import budget_key, how_planned, planned_bytes
-from kvcfg.exporters.servers import drafter_needed, has_states, is_latent, model_name, refuse_page_size
+from kvcfg.exporters.servers import drafter_needed, has_states, is_latent, model_name, refuse_page_size, say_limits
 from kvcfg.exporters.sheet import Sheet
 from kvcfg.exporters.stored import (
     E4M3,
@@ -67,11 +67,7 @@ def export_vllm(plan: Plan, version: str) -> Export:
     _prefixes(sheet)
     sheet.say("devices.count", tensor_parallel_size=devices.tensor_parallel_degree)
     sheet.say("devices.data_parallel_degree", data_parallel_size=devices.data_parallel_degree)
-    workload = experiment.workload
-    if workload.max_seq_len is not None:
-        sheet.say("workload.max_seq_len", max_model_len=workload.max_seq_len)
-    if workload.max_batch_size is not None:
-        sheet.say("workload.max_batch_size", max_num_seqs=workload.max_batch_size)
+    say_limits(sheet, max_seq_len="max_model_len", max_batch_size="max_num_seqs")
     _tiers(sheet)
     _drafts(sheet)
     return sheet.finish("vllm.yaml", ("vllm", "serve"), "--config")

@@ -28,12 +28,20 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: made.now))
+    monkeypatch.setattr(
+        turns, "time", SimpleNamespace(perf_counter=lambda: made.now, process_time=lambda: 2 * made.now)
+    )
     return made
 
 
 def test_figure_is_the_median_of_the_rounds() -> None:
     assert Turn(lambda: None, [3.0, 1.0, 9.0]).seconds == 3.0
+
+
+def test_cpu_time_is_counted_beside(clock: Clock) -> None:
+    turn = Turn(clock.call("a", 2 * MIN_TURN_S))
+    take_turns([turn], 2)
+    assert turn.cpu_seconds == pytest.approx(2 * turn.seconds)
 
 
 def test_everyone_has_a_turn_in_each_round_in_an_order_that_changes(clock: Clock) -> None:

@@ -228,7 +228,7 @@ class ServingEngine:
         """The step's logits, for each request that has all its tokens in, by the order of shares."""
         ids, wanted = list[int](), list[int]()
         for request, start, stop in shares:
-            ids += request.ids[start:stop]
+            ids += request.span(start, stop)
             if stop == request.length:
                 wanted.append(len(ids) - 1)
         try:

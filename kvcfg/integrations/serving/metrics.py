@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,18 +85,5 @@ class ServingCounters:
 
     def snapshot(self, *, waiting: int, running: int) -> ServingMetrics:
         """The counters as they are now."""
-        return ServingMetrics(
-            submitted=self.submitted,
-            finished=self.finished,
-            cancelled=self.cancelled,
-            waiting=waiting,
-            running=running,
-            steps=self.steps,
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            generated_tokens=self.generated_tokens,
-            preemptions=self.preemptions,
-            peak_pages=self.peak_pages,
-            seconds=self.seconds,
-            times_to_first_token=tuple(self.times_to_first_token),
-        )
+        counted = asdict(self) | {"times_to_first_token": tuple(self.times_to_first_token)}
+        return ServingMetrics(**counted, waiting=waiting, running=running)

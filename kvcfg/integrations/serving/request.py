@@ -64,6 +64,11 @@ class Request:
         """Prompt and answer so far."""
         return [*self.prompt, *self.tokens]
 
+    def span(self, start: int, stop: int) -> list[int]:
+        """Some of these tokens, by position."""
+        begin = len(self.prompt)
+        return [*self.prompt[start:stop], *self.tokens[max(0, start - begin) : max(0, stop - begin)]]
+
     @property
     def length(self) -> int:
         """Tokens of prompt and answer so far."""

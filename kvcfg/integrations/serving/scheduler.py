@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvcfg.cache.manager import KVCacheManager
@@ -51,7 +52,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
-        insort(self.waiting, request, key=_precedence)
+        insort(self.waiting, request, key=attrgetter("precedence"))
 
     def remove(self, request: Request) -> None:
         """Forget a request; its pages are free again."""
@@ -103,7 +104,7 @@ class Scheduler:
                 continue
             del self.waiting[0]
             self._known[request.number] = request.length
-            insort(self.running, request, key=_precedence)
+            insort(self.running, request, key=attrgetter("precedence"))
 
     def _begin(self, request: Request) -> bool:
         """Claim a waiting request if there are pages for all that it comes with, beside what the running ones lack."""
@@ -154,7 +155,3 @@ class Scheduler:
         self._counters.cached_tokens += found
         self._counters.prompt_tokens += max(0, min(stop, self._known[number]) - start)
         return Share(request, start, stop)
-
-
-def _precedence(request: Request) -> tuple[int, int]:
-    return request.precedence

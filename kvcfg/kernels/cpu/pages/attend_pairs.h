@@ -73,10 +73,6 @@ inline const CodeTable& code_table(const float* levels) {
     return table;
 }
 
-KVCFG_INLINE __m512i look_up(const uint8_t* table, __m512i places) {
-    return _mm512_permutex2var_epi8(_mm512_load_si512(table), places, _mm512_load_si512(table + 64));
-}
-
 struct BFloat16Pairs {
     static constexpr int kParts = 1;  // vectors of pairs in 64 stored bytes
     static constexpr bool kSplit = false;
@@ -115,9 +111,7 @@ struct BytePairs {
 
     KVCFG_INLINE void keys(__m512i stored, __m512i* pairs) const {
         const __m512i places = kWhole ? _mm512_abs_epi8(stored) : stored;
-        const __m512i low = look_up(table.low, places);
-        __m512i high = look_up(table.high, places);
-        high = _mm512_ternarylogic_epi32(high, stored, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+        const __m512i low = look_up(table.low, places), high = with_signs(look_up(table.high, places), stored);
         pairs[0] = _mm512_unpacklo_epi8(low, high);
         pairs[1] = _mm512_unpackhi_epi8(low, high);
     }

@@ -155,6 +155,15 @@ inline ByteTable byte_table(int64_t format) {
     return table;
 }
 
+// The upper bit of a place does not count.
+KVCFG_INLINE __m512i look_up(const uint8_t* table, __m512i places) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), places, _mm512_load_si512(table + 64));
+}
+
+KVCFG_INLINE __m512i with_signs(__m512i upper_bytes, __m512i elements) {
+    return _mm512_ternarylogic_epi32(upper_bytes, elements, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+}
+
 // Rows are read 64 numbers at a time, those past `dim` 0, as four vectors of float32: numbers 0, 2, … 30 | 1, 3, … 31
 // | 32, 34, … 62 | 33, 35, … 63. What holds two numbers in 32 bits falls apart like this at no cost.
 
@@ -214,9 +223,7 @@ struct ByteFloatRow {
         // Unpacking works within 16 bytes; so that its results stand in order, eights of bytes are moved first.
         const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
         const __m512i bytes = _mm512_permutexvar_epi64(order, load_bytes(row + begin, dim - begin));
-        const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), bytes, _mm512_load_si512(table.low + 64));
-        __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes, _mm512_load_si512(table.high + 64));
-        high = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+        const __m512i low = look_up(table.low, bytes), high = with_signs(look_up(table.high, bytes), bytes);
         split_words(_mm512_unpacklo_epi8(low, high), numbers);
         split_words(_mm512_unpackhi_epi8(low, high), numbers + 2);
     }
